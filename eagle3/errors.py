@@ -1,0 +1,25 @@
+"""Everything that can be wrong with a run's input, each a sentence that says what, where, why and what to do."""
+
+
+class Eagle3Error(ValueError):
+    """Base of all errors that a user of the trainer can cause; the command line prints them and exits with 2."""
+
+
+class ConfigError(Eagle3Error):
+    """Two settings contradict each other, or one contradicts the target."""
+
+
+class DataError(Eagle3Error):
+    """A conversation file, or a line of one, cannot be read, or nothing in it can be trained on."""
+
+
+class TargetError(Eagle3Error):
+    """The target model cannot serve as one: missing, too shallow, or of a kind the trainer does not know."""
+
+
+class DraftError(Eagle3Error):
+    """The draft cannot be built from its config."""
+
+
+class CheckpointError(Eagle3Error):
+    """A checkpoint of a run cannot be written where asked, or belongs to another run."""
