@@ -1,1 +1,53 @@
-"""."""
+"""Decides which weights of a PyTorch model are one tensor, and keeps it true through every save and load."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from tiepolicy._claims import Claim as Claim
+from tiepolicy._claims import Source as Source
+from tiepolicy._evidence import View as View
+from tiepolicy._facts import TensorFact as TensorFact
+from tiepolicy._facts import TensorSpec as TensorSpec
+from tiepolicy._groups import Alias as Alias
+from tiepolicy._groups import RefusedClaim as RefusedClaim
+from tiepolicy._groups import TieGroup as TieGroup
+from tiepolicy._observe import Facts as Facts
+from tiepolicy._observe import named_modules as named_modules
+from tiepolicy._plan import TiePlan as TiePlan
+from tiepolicy._policy import Policy as Policy
+from tiepolicy._policy import default_policy
+from tiepolicy._reconcile import Action as Action
+from tiepolicy._reconcile import ActionKind as ActionKind
+from tiepolicy._reconcile import reconcile as reconcile
+from tiepolicy._table import format_bytes as format_bytes
+from tiepolicy._values import first_difference as first_difference
+from tiepolicy._values import view_of as view_of
+from tiepolicy._verdicts import Decision as Decision
+from tiepolicy._verdicts import Reason as Reason
+from tiepolicy._verdicts import Verdict as Verdict
+from tiepolicy.hookspecs import hookimpl as hookimpl
+
+
+def plan(source: nn.Module | Mapping[str, torch.Tensor]) -> TiePlan:
+    """Decide which names of a module, or of a mapping of tensors, are one tensor.
+
+    Uses the built-in rules and every installed plugin; `Policy` makes the same decision with plugins of your choice.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(6, 2), "head": nn.Linear(2, 6, bias=False)})
+        >>> model["head"].weight = model["embed"].weight
+        >>> print(plan(model))
+        2 tensors, 1 tied group (48 B saved), 0 claims refused
+        <BLANKLINE>
+        stored        also named   shape   dtype    saved  because
+        embed.weight  head.weight  (6, 2)  float32  48 B   same-object
+
+    Raises:
+        ObservationError: If the source holds something that is no named tensor.
+        PluginError: If a plugin raises or answers with a wrong type.
+        UnsafeVerdictError: If a plugin calls names one tensor that are not.
+    """
+    return default_policy().plan(source)

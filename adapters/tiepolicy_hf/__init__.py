@@ -1,1 +1,1 @@
-"""."""
+"""Hugging Face models under the tie policy: what their configs and classes declare becomes claims."""

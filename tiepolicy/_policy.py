@@ -1,0 +1,209 @@
+"""Step 12, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pluggy
+import torch
+from torch import nn
+
+from tiepolicy import _rules, hookspecs
+from tiepolicy._claims import Claim
+from tiepolicy._evidence import extent, relate, view_within
+from tiepolicy._groups import Alias, RefusedClaim, TieGroup
+from tiepolicy._observe import Facts, observe
+from tiepolicy._plan import TiePlan
+from tiepolicy._verdicts import Reason, Verdict
+from tiepolicy.errors import PluginError, UnsafeVerdictError
+
+
+class Policy:
+    """Decides which names of a model are one tensor, with the built-in rules and the plugins it is given.
+
+    Instances share nothing. The built-in rules are asked last, so a plugin may claim, refuse, and choose names; it may
+    not call one tensor what cannot be rebuilt.
+
+    Args:
+        plugins: Objects or modules that implement hooks of `tiepolicy.hookspecs`.
+    """
+
+    def __init__(self, plugins: Iterable[object] = ()) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._manager.register(_rules, name="built-in rules")
+        for plugin in plugins:
+            self._manager.register(plugin)
+
+    @staticmethod
+    def from_entry_points() -> "Policy":
+        """A policy with every installed plugin that is published in the entry point group `tiepolicy`."""
+        policy = Policy()
+        policy._manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+        return policy
+
+    def plan(self, source: nn.Module | Mapping[str, torch.Tensor]) -> TiePlan:
+        """Decide which parameters and persistent buffers of a module, or tensors of a mapping, are one tensor.
+
+        Reads no tensor data. The plan depends on the model alone: not on the order of names, the rank or the device.
+
+        Raises:
+            ObservationError: If the source holds something that is no named tensor.
+            PluginError: If a plugin raises or answers with a wrong type.
+            UnsafeVerdictError: If a plugin calls names one tensor that are not.
+        """
+        facts = observe(source)
+        accepted, refused = self._judge(self._claims(source if isinstance(source, nn.Module) else None, facts), facts)
+        groups = tuple(sorted((self._group(names, claims, facts) for names, claims in _join(accepted)), key=_name_of))
+        plan = TiePlan(tensors=facts.specs(), groups=groups, refused=_without_accepted(refused, groups))
+        self._ask("tiepolicy_planned", plan=plan)
+        return plan
+
+    def _claims(self, model: nn.Module | None, facts: Facts) -> list[Claim]:
+        answers = self._ask("tiepolicy_claims", model=model, facts=facts)
+        claims = [claim for answer in answers for claim in answer]
+        for claim in claims:
+            self._check_type("tiepolicy_claims", claim, Claim)
+        pairs = {pair for claim in claims for pair in claim.pairs()}
+        return sorted(pairs, key=lambda claim: (claim.names, claim.source, claim.detail))
+
+    def _judge(self, claims: list[Claim], facts: Facts) -> tuple[list[Claim], list[RefusedClaim]]:
+        accepted, refused = [], []
+        for claim in claims:
+            verdict = self._ask("tiepolicy_decide", claim=claim, facts=facts)
+            self._check_type("tiepolicy_decide", verdict, Verdict)
+            if verdict.is_alias:
+                _check_evidence(claim, verdict, facts)
+                accepted.append(claim)
+            else:
+                refused.append(RefusedClaim(claim=claim, verdict=verdict, shapes=_shapes(claim, facts)))
+        return accepted, refused
+
+    def _group(self, names: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts) -> TieGroup:
+        owners = _owners(names, facts)
+        canonical = self._ask("tiepolicy_canonical", group=owners, claims=claims, facts=facts)
+        self._check_type("tiepolicy_canonical", canonical, str)
+        if canonical not in owners:
+            raise UnsafeVerdictError(
+                f"a plugin wants {canonical!r} stored for the tied names {list(names)}, but the others cannot be "
+                f"rebuilt from it; the names that contain all others are {list(owners)}",
+                names=names,
+            )
+        owner = facts[canonical]
+        aliases = []
+        for name in names:
+            if name != canonical:
+                reason = relate(owner, facts[name])
+                view = view_within(owner, facts[name]) if reason is Reason.VIEW_OF else None
+                aliases.append(Alias(name=name, reason=reason, view=view))
+        return TieGroup(canonical=canonical, aliases=tuple(aliases))
+
+    def _ask(self, hook_name: str, **arguments: Any) -> Any:
+        hook = getattr(self._manager.hook, hook_name)
+        try:
+            return hook(**arguments)
+        except Exception as error:
+            plugin = self._culprit(hook, error)
+            if plugin is None:
+                raise
+            raise PluginError(f"{hook_name} of the plugin {plugin} raised {type(error).__name__}: {error}") from error
+
+    def _culprit(self, hook: pluggy.HookCaller, error: Exception) -> str | None:
+        """The name of the plugin whose implementation is on the error's traceback."""
+        codes = set()
+        traceback = error.__traceback__
+        while traceback is not None:
+            codes.add(traceback.tb_frame.f_code)
+            traceback = traceback.tb_next
+        for implementation in hook.get_hookimpls():
+            if getattr(implementation.function, "__code__", None) in codes:
+                return implementation.plugin_name
+        return None
+
+    def _check_type(self, hook_name: str, answer: object, expected: type) -> None:
+        if not isinstance(answer, expected):
+            plugins = [
+                implementation.plugin_name for implementation in getattr(self._manager.hook, hook_name).get_hookimpls()
+            ]
+            raise PluginError(
+                f"a plugin answered {hook_name} with {answer!r}, a {type(answer).__name__}; expected a "
+                f"{expected.__name__}. The plugins that answer this hook are {plugins}"
+            )
+
+
+@functools.cache
+def default_policy() -> Policy:
+    """The policy of the module-level functions: built-in rules and installed plugins, loaded once."""
+    return Policy.from_entry_points()
+
+
+def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts) -> None:
+    a, b = claim.names
+    missing = [name for name in claim.names if name not in facts]
+    if missing:
+        problem = f"{' and '.join(missing)} is not in the model"
+    elif relate(facts[a], facts[b]).proves_alias or relate(facts[b], facts[a]).proves_alias:
+        return
+    else:
+        own = _rules.tiepolicy_decide(claim, facts)
+        problem = f"{facts[b]} cannot be rebuilt from {facts[a]}: {own.detail}"
+    raise UnsafeVerdictError(
+        f"a plugin calls {b} and {a} one tensor ({verdict.reason}; claimed by {claim.detail or claim.source}), but "
+        f"{problem}. Saving would lose {b}; nothing was written. Remove the plugin's verdict, or tie the two first",
+        names=claim.names,
+    )
+
+
+def _join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]]:
+    """Sets of names that accepted claims connect, with their claims (disjoint-set union)."""
+    parent: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for claim in claims:
+        first, second = map(find, claim.names)
+        parent[max(first, second)] = min(first, second)
+    names: dict[str, list[str]] = {}
+    claims_of: dict[str, list[Claim]] = {}
+    for name in parent:
+        names.setdefault(find(name), []).append(name)
+    for claim in claims:
+        claims_of.setdefault(find(claim.names[0]), []).append(claim)
+    return [(tuple(sorted(names[root])), tuple(claims_of[root])) for root in names]
+
+
+def _owners(names: Sequence[str], facts: Facts) -> tuple[str, ...]:
+    """The names from which every other of a tied group can be rebuilt: the longest tensor and its exact doubles."""
+    members = [facts[name] for name in names]
+    longest = max(extent(fact.local_shape, fact.stride) for fact in members)
+    long = [fact for fact in members if extent(fact.local_shape, fact.stride) == longest]
+    for owner in long:
+        if all(relate(owner, fact).proves_alias for fact in members):
+            exact = (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
+            return tuple(fact.name for fact in long if relate(owner, fact) in exact)
+    raise UnsafeVerdictError(
+        f"accepted claims connect {list(names)}, but none of them contains all the others", names=names
+    )
+
+
+def _shapes(claim: Claim, facts: Facts) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(facts[name].shape if name in facts else None for name in claim.names)
+
+
+def _without_accepted(refused: list[RefusedClaim], groups: tuple[TieGroup, ...]) -> tuple[RefusedClaim, ...]:
+    """Drop refusals of what another claim proved."""
+    group_of = {name: group.canonical for group in groups for name in group.names}
+    return tuple(
+        refusal
+        for refusal in refused
+        if (first := group_of.get(refusal.claim.names[0])) is None or first != group_of.get(refusal.claim.names[1])
+    )
+
+
+def _name_of(group: TieGroup) -> str:
+    return group.canonical

@@ -1,0 +1,137 @@
+"""Step 13, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tiepolicy._evidence import View
+from tiepolicy._facts import TensorSpec
+from tiepolicy._plan import TiePlan
+from tiepolicy._verdicts import Reason
+from tiepolicy.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
+
+
+class ActionKind(StrEnum):
+    """What a loader has to do with one stored tensor."""
+
+    #: Read it into the live tensor.
+    LOAD = "load"
+    #: Read it, or a view of it, into a live tensor that the checkpoint knows as its alias.
+    COPY = "copy"
+    #: Read it aside; the live tensor, once loaded, must hold the same bits.
+    COMPARE = "compare"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """One thing to do to bring a checkpoint into a live model."""
+
+    kind: ActionKind
+    #: Name in the checkpoint.
+    saved: str
+    #: Name in the live model.
+    name: str
+    #: Which part of the stored tensor is meant; None for the whole.
+    view: View | None = None
+    #: Why, where it is not plain from the names.
+    note: str = ""
+
+
+def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[Action]:
+    """Hold the tensors of a checkpoint against a live plan.
+
+    Args:
+        plan: The plan of the model that is loaded into.
+        saved: The plan in the checkpoint's manifest; or, for a checkpoint without one, shape and dtype of every
+            stored tensor by name.
+
+    Returns:
+        For each tensor of the live model one `load` or `copy`, and one `compare` for each further stored tensor that
+        the live model has under the same storage. Sorted by live name.
+
+    Raises:
+        MissingTensorError: If nothing in the checkpoint holds a tensor of the model.
+        ShapeMismatchError: If what holds it has another shape.
+        DtypeMismatchError: If what holds it has another dtype.
+    """
+    stored = saved.stored() if isinstance(saved, TiePlan) else saved
+    actions: list[Action] = []
+    for name in plan.stored():
+        members = [name, *(alias.name for alias in plan.whole_aliases(name))]
+        present = [member for member in members if member in stored]
+        if present:
+            kind = ActionKind.LOAD
+            actions.append(Action(kind=kind, saved=present[0], name=name))
+        else:
+            actions.append(_derive(name, members, plan, saved))
+        others = present[1:] + [alias.name for alias in plan.part_aliases(name) if alias.name in stored]
+        actions += [
+            Action(kind=ActionKind.COMPARE, saved=other, name=other, note=f"one tensor with {name} in the model")
+            for other in others
+        ]
+    for action in actions:
+        _check_fits(action, plan, stored)
+    return sorted(actions, key=lambda action: (action.name, action.kind is ActionKind.COMPARE))
+
+
+def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> Action:
+    """Find a tensor that is stored under another name only."""
+    if isinstance(saved, TiePlan):
+        for group in saved.groups:
+            for alias in group.aliases:
+                if alias.name in members:
+                    note = f"{alias.name} and {group.canonical} were one tensor when saved; each gets its values"
+                    return Action(kind=ActionKind.COPY, saved=group.canonical, name=name, view=alias.view, note=note)
+    else:
+        for partner, claimant in _same_shaped_partners(name, plan):
+            if partner in saved:
+                note = f"assumed one tensor with {partner} when saved, as {claimant} claims; both get its values"
+                return Action(kind=ActionKind.COPY, saved=partner, name=name, note=note)
+    raise MissingTensorError(_missing(name, plan, saved), names=[name])
+
+
+def _same_shaped_partners(name: str, plan: TiePlan) -> list[tuple[str, str]]:
+    """Names that somebody claims are one tensor with `name`, refused only because they are not so in the live model."""
+    return [
+        (partner, refusal.claim.detail or str(refusal.claim.source))
+        for refusal in plan.refused
+        if name in refusal.claim.names and refusal.verdict.reason is Reason.STORAGE_DISJOINT
+        for partner in refusal.claim.names
+        if partner != name
+    ]
+
+
+def _missing(name: str, plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> str:
+    refusals = [*plan.refused, *(saved.refused if isinstance(saved, TiePlan) else ())]
+    claims = [str(refusal) for refusal in refusals if name in refusal.claim.names]
+    why = f" It cannot be derived from another tensor: {claims[0]}." if claims else ""
+    return (
+        f"{name} {plan.tensors[name].shape} is not in the checkpoint, under its own name or an alias.{why} Nothing was "
+        "loaded. Load a checkpoint that holds it, or initialise it and load the other names only"
+    )
+
+
+def _check_fits(action: Action, plan: TiePlan, stored: Mapping[str, TensorSpec]) -> None:
+    live, found = plan.tensors[action.name], stored[action.saved]
+    shape = found.shape if action.view is None else action.view.shape
+    if shape != live.shape:
+        source = action.saved if action.saved == action.name else f"{action.saved}, which stands for {action.name},"
+        raise ShapeMismatchError(
+            f"{source} has shape {shape} in the checkpoint, the model expects {live.shape}: "
+            f"{_likely_cause(live, shape)}. Nothing was loaded",
+            names=[action.name],
+        )
+    if found.dtype != live.dtype:
+        raise DtypeMismatchError(
+            f"{action.saved} is {found.dtype} in the checkpoint, the model's {action.name} is {live.dtype}: convert "
+            f"the model with .to({found.dtype}) before loading. Nothing was loaded",
+            names=[action.name],
+        )
+
+
+def _likely_cause(live: TensorSpec, shape: tuple[int, ...]) -> str:
+    if len(shape) == len(live.shape) and shape[1:] == live.shape[1:]:
+        return "the two differ in rows only, as with another (draft) vocabulary size or its padding"
+    if len(shape) == len(live.shape) and shape[:1] == live.shape[:1]:
+        return "the two differ in width, as with another model size"
+    return "the checkpoint belongs to another model"

@@ -1,0 +1,56 @@
+"""One class per cause. Each message is a sentence for a person and each error carries the names it is about."""
+
+from collections.abc import Iterable
+
+
+class TiePolicyError(ValueError):
+    """Base of everything this library raises on purpose.
+
+    Args:
+        message: What is wrong, where, why, and what to do.
+        names: The tensor names it is about.
+    """
+
+    def __init__(self, message: str, *, names: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+class ObservationError(TiePolicyError):
+    """A model or mapping holds something that is no named tensor."""
+
+
+class PluginError(TiePolicyError):
+    """A plugin raised, or gave an answer that its hook does not allow."""
+
+
+class UnsafeVerdictError(TiePolicyError):
+    """A verdict calls two names one tensor although one could not be rebuilt from the other."""
+
+
+class BrokenTieError(TiePolicyError):
+    """Names that were one tensor no longer are."""
+
+
+class TieConflictError(TiePolicyError):
+    """Names that should be one tensor hold different values."""
+
+
+class MissingTensorError(TiePolicyError):
+    """A tensor that is needed is not there, and no other name holds it."""
+
+
+class ShapeMismatchError(TiePolicyError):
+    """A stored tensor has another shape than the place it is meant for."""
+
+
+class DtypeMismatchError(TiePolicyError):
+    """A stored tensor has another dtype than the place it is meant for."""
+
+
+class ManifestError(TiePolicyError):
+    """A manifest is not one this version can trust."""
+
+
+class PlanMismatchError(TiePolicyError):
+    """Ranks that save or load together made different plans."""

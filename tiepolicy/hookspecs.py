@@ -1,0 +1,81 @@
+"""Step 11, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
+
+A plugin is any object or module with functions of these names:
+
+    import tiepolicy
+
+    @tiepolicy.hookimpl
+    def tiepolicy_claims(model, facts):
+        return [tiepolicy.Claim(("decoder.embed.weight", "decoder.out.weight"), "declared", "decoder.share_embedding")]
+
+Hand it to `tiepolicy.Policy(plugins=[...])`, or publish it under the entry point group `tiepolicy`, where the default
+policy finds it.
+"""
+
+from collections.abc import Iterable
+
+import pluggy
+from torch import nn
+
+from tiepolicy._claims import Claim
+from tiepolicy._observe import Facts
+from tiepolicy._plan import TiePlan
+from tiepolicy._verdicts import Verdict
+
+#: Name of the pluggy project and of the entry point group.
+PROJECT = "tiepolicy"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def tiepolicy_claims(model: nn.Module | None, facts: Facts) -> Iterable[Claim] | None:
+    """State which names may be one tensor. All plugins are asked and all claims are judged.
+
+    Args:
+        model: The module that is planned, or None if a mapping of tensors is.
+        facts: What was seen of each tensor, by name.
+
+    Returns:
+        Claims, or None for none. A claim may name a tensor that is absent; it is then refused as `partner-absent`.
+    """
+
+
+@hookspec(firstresult=True)
+def tiepolicy_decide(claim: Claim, facts: Facts) -> Verdict | None:
+    """Accept or refuse a claim of two names. The first answer that is not None counts; the built-in rule is last.
+
+    Calling two names one tensor without evidence (one object, one storage, a view) stops the planning with
+    `UnsafeVerdictError`: no plugin can make a checkpoint lose a tensor.
+
+    Args:
+        claim: The claim, of exactly two names.
+        facts: What was seen of each tensor, by name.
+
+    Returns:
+        A verdict, or None to leave the decision to others.
+    """
+
+
+@hookspec(firstresult=True)
+def tiepolicy_canonical(group: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts) -> str | None:
+    """Choose the name under which a group of tied names is stored. The first answer that is not None counts.
+
+    Args:
+        group: The tied names, sorted.
+        claims: The accepted claims about them.
+        facts: What was seen of each tensor, by name.
+
+    Returns:
+        A name of the group from which all others can be rebuilt, or None to leave the choice to others.
+    """
+
+
+@hookspec
+def tiepolicy_planned(plan: TiePlan) -> None:
+    """Hear of a finished plan, for metrics and logs.
+
+    Args:
+        plan: The plan.
+    """
