@@ -1,0 +1,305 @@
+"""Builds the draft: one decoder layer that reads a token and a state and proposes the next token's state.
+
+Shape suffixes: B batch, T tokens, V target vocabulary, D draft vocabulary, H draft hidden, E target hidden, A = 3E
+captured states, N rows that carry loss, Q query heads, K key and value heads, d head dimension. A leading `...` stands
+for B, T or for N: every method works on any leading shape.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from eagle3.errors import DraftError
+
+_NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+
+
+def draft_config(target_config: Any, *, draft_vocab_size: int) -> LlamaConfig:
+    """Describes a one-layer draft that fits a target.
+
+    Widths, head counts, the rope block and the special tokens are the target's. Its tie flag is not: a head over the
+    draft vocabulary has other rows than the embedding.
+
+    Args:
+        target_config: Config of any transformers model with rotary positions and RMS norms; of a model with several
+            parts, the text part counts.
+        draft_vocab_size: Rows of the draft's head, at most the target's vocabulary size.
+
+    Returns:
+        A config that survives JSON, with `draft_vocab_size` and `target_hidden_size` added.
+
+    Raises:
+        DraftError: The target lacks a field that the draft needs, has another rope in each kind of layer, rotates
+            only a part of each head, or has a smaller vocabulary than the draft.
+    """
+    text = target_config.get_text_config()
+    missing = [name for name in _NEEDED if getattr(text, name, None) is None]
+    if missing:
+        raise DraftError(
+            f"The target's config ({type(text).__name__}) has no {', '.join(missing)}, so no Llama-shaped draft can be "
+            "derived from it. Choose a target with rotary positions and RMS norms."
+        )
+    if not 1 <= draft_vocab_size <= text.vocab_size:
+        raise DraftError(
+            f"draft_vocab_size is {draft_vocab_size}, but the draft's vocabulary must be a part of the target's, which "
+            f"has {text.vocab_size} tokens. Set it to a number from 1 to {text.vocab_size}."
+        )
+    if text.hidden_size % text.num_attention_heads:
+        raise DraftError(
+            f"The target's hidden_size {text.hidden_size} is not a multiple of its num_attention_heads "
+            f"{text.num_attention_heads}, which a Llama config does not allow. Choose another target."
+        )
+    _check_rope(text.rope_parameters)
+    return LlamaConfig(
+        architectures=["LlamaForCausalLMEagle3"],
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        hidden_act="silu",
+        rms_norm_eps=text.rms_norm_eps,
+        rope_parameters=copy.deepcopy(text.rope_parameters),
+        max_position_embeddings=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        bos_token_id=getattr(text, "bos_token_id", None),
+        eos_token_id=getattr(text, "eos_token_id", None),
+        pad_token_id=getattr(text, "pad_token_id", None),
+        tie_word_embeddings=False,
+        draft_vocab_size=draft_vocab_size,  # pyright: ignore[reportCallIssue]  # a config keeps further fields
+        target_hidden_size=text.hidden_size,  # pyright: ignore[reportCallIssue]
+    )
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
+    if nested:
+        raise DraftError(
+            f"The target's rope_parameters differ by kind of layer ({', '.join(nested)}), and a draft of one layer has "
+            "one rope. Choose a target whose layers share one."
+        )
+    # transformers' Llama ignores this factor in the default rope, serving engines obey it: the draft would be trained
+    # with other rotations than it is served with.
+    factor = rope.get("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise DraftError(
+            f"The target's rope_parameters rotate only a part of each head (partial_rotary_factor {factor}), which a "
+            "Llama-shaped draft cannot do. Choose a target that rotates whole heads."
+        )
+
+
+class Rope:
+    """Rotary positions in the rotate-half convention of transformers.
+
+    Not a module: its frequencies must stay float32 when the draft is cast to bfloat16, and must survive meta
+    construction, where a non-persistent buffer would be lost.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        with torch.device("cpu"):
+            embedding = LlamaRotaryEmbedding(config)
+        self._inv_freq: Tensor = embedding.inv_freq.detach().clone()
+        self._scaling = float(embedding.attention_scaling)
+        assert 2 * len(self._inv_freq) == config.head_dim
+
+    def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+        """Rotates each head by its row's position.
+
+        Args:
+            heads: (..., rows, heads, d).
+            positions: (rows,) int64, in tokens.
+
+        Returns:
+            A new tensor like `heads`; angles are computed in float32, or in float64 for float64 heads.
+        """
+        precise = torch.promote_types(torch.float32, heads.dtype)
+        if self._inv_freq.device != heads.device:
+            self._inv_freq = self._inv_freq.to(heads.device)
+        angles = positions.to(precise)[:, None, None] * self._inv_freq.to(precise)
+        cos = (angles.cos() * self._scaling).to(heads.dtype)
+        sin = (angles.sin() * self._scaling).to(heads.dtype)
+        low, high = heads.chunk(2, dim=-1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+class _RMSNorm(nn.RMSNorm):
+    """The norm of torch with its weight in the input's dtype.
+
+    Under autocast a float32 weight meets bfloat16 states, for which torch has no fused kernel and warns.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        head_dim, num_kv_heads = config.head_dim, config.num_key_value_heads
+        assert head_dim is not None  # LlamaConfig fills in what was not given
+        assert num_kv_heads is not None
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, config.hidden_size, bias=False)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.down_proj(functional.silu(self.gate_proj(inputs)) * self.up_proj(inputs))
+        return outputs
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = _RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = _RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = _SelfAttention(config)
+        self.post_attention_layernorm = _RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = _Mlp(config)
+
+
+class Draft(nn.Module):
+    """The draft of EAGLE-3 (arXiv 2503.01840): one Llama layer whose attention reads a token and a state side by side.
+
+    The residual stream is the state before its norm, and the state handed to the next step is the one before the
+    final norm. Parameters and buffers carry the names that serving engines read. The embedding is frozen.
+
+    Built under `torch.device("meta")` and moved with `to_empty`, it is complete after `init_from_target_` or after a
+    strict `load_state_dict`.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        assert config.num_hidden_layers == 1
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens.requires_grad_(False)
+        self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
+        self.midlayer = _Layer(config)
+        self.norm = _RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
+        self._rope = Rope(config)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Returns the module that holds the embedding, as transformers models do."""
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Returns the module that holds the head over the draft vocabulary, as transformers models do."""
+        return self.lm_head
+
+    def target_ids(self) -> Tensor:
+        """Returns the target's token id of each row of the head: (D,) int64, a new tensor."""
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    @torch.no_grad()
+    def init_from_target_(self, *, embedding_VH: Tensor, head_VH: Tensor, draft_ids_D: Tensor) -> None:
+        """Starts the draft from its target: its embedding, its head's rows, and normal weights in between.
+
+        Args:
+            embedding_VH: The target's embedding; copied.
+            head_VH: The target's head; its draft rows are copied.
+            draft_ids_D: int64, distinct: the target's token id of each row of the draft's head.
+
+        Raises:
+            DraftError: A tensor of the target has another shape than the draft's config says.
+        """
+        expected = (self.config.vocab_size, self.config.hidden_size)
+        for name, tensor in (("embedding", embedding_VH), ("head", head_VH)):
+            if tuple(tensor.shape) != expected:
+                raise DraftError(
+                    f"The target's {name} has shape {tuple(tensor.shape)}, but the draft's config describes "
+                    f"{expected} (vocab_size, hidden_size). Build the config from this target."
+                )
+        if len(draft_ids_D) != self.config.draft_vocab_size:
+            raise DraftError(
+                f"The draft vocabulary has {len(draft_ids_D)} tokens, but the draft's config says draft_vocab_size "
+                f"{self.config.draft_vocab_size}. Build both from the same number."
+            )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=self.config.initializer_range)
+            elif isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
+        self.embed_tokens.weight.copy_(embedding_VH)
+        self.lm_head.weight.copy_(head_VH[draft_ids_D.to(head_VH.device)])
+        ids_D = draft_ids_D.to(self.d2t.device)
+        self.d2t.copy_(ids_D - torch.arange(len(ids_D), device=ids_D.device))
+        self.t2d.zero_()
+        self.t2d[ids_D] = True
+
+    def fuse(self, aux: Tensor) -> Tensor:
+        """Turns captured states (..., A) into the states of step 0 (..., H)."""
+        states: Tensor = self.fc(aux)
+        return states
+
+    def step_inputs(self, token_ids: Tensor, states: Tensor) -> Tensor:
+        """Sets the normed embedding and the normed state side by side, the embedding first.
+
+        Args:
+            token_ids: (...) int64.
+            states: (..., H).
+
+        Returns:
+            (..., 2H).
+        """
+        layer = self.midlayer
+        tokens: Tensor = layer.input_layernorm(self.embed_tokens(token_ids))
+        return torch.cat((tokens, layer.hidden_norm(states)), dim=-1)
+
+    def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        """Projects step inputs (..., rows, 2H) at positions (rows,) to rotated queries (..., rows, Q, d)."""
+        return self._rope.rotate(self._heads(self.midlayer.self_attn.q_proj(inputs)), positions)
+
+    def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects step inputs (..., rows, 2H) at positions (rows,) to rotated keys and values, (..., rows, K, d)."""
+        attention = self.midlayer.self_attn
+        keys = self._rope.rotate(self._heads(attention.k_proj(inputs)), positions)
+        return keys, self._heads(attention.v_proj(inputs))
+
+    def next_states(self, states: Tensor, attended: Tensor) -> Tensor:
+        """Finishes a step: the output projection and the MLP, each added to the residual stream.
+
+        Args:
+            states: (..., H): the states that entered the step.
+            attended: (..., Q, d): what attention read.
+
+        Returns:
+            (..., H): the states for the next step; their `norm` is what the head reads.
+        """
+        layer = self.midlayer
+        residual: Tensor = states + layer.self_attn.o_proj(attended.flatten(-2))
+        finished: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
+        return finished
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        heads: Tensor = projected.unflatten(-1, (-1, self.midlayer.self_attn.head_dim))
+        return heads

@@ -1,0 +1,167 @@
+"""Scores the draft's states against the teacher: soft cross-entropy without kept logits, and counts of agreement.
+
+Shape suffixes: P (row, step) pairs, D draft vocabulary, H draft hidden, M teacher rows, S unroll steps, N rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def soft_cross_entropy(
+    states_PH: Tensor,
+    head_DH: Tensor,
+    teacher_logits_MD: Tensor,
+    teacher_index_P: Tensor,
+    weight_P: Tensor,
+    *,
+    chunk_size: int = 2048,
+) -> tuple[Tensor, Tensor]:
+    """Sums the weighted cross-entropy of the draft under the teacher's distribution over the draft vocabulary.
+
+    The loss of a pair is -sum_v p_v log q_v with p the softmax of the teacher's logits restricted to the draft
+    vocabulary (EAGLE-3, arXiv 2503.01840, section 3) and q that of the draft. Logits exist for one chunk of pairs at a
+    time; gradients are computed in the forward pass and only scaled in the backward pass. Zero pairs give a zero loss
+    whose gradients are zeros.
+
+    Args:
+        states_PH: The draft's states after its final norm.
+        head_DH: The draft's head.
+        teacher_logits_MD: The target's logits of the draft vocabulary.
+        teacher_index_P: int64, the teacher row of each pair; several pairs may share one.
+        weight_P: The weight of each pair.
+        chunk_size: Pairs whose logits exist at a time.
+
+    Returns:
+        The sum of weight times loss, a scalar in float32 or better, and the draft's argmax per pair: (P,) int64, an
+        index into the draft vocabulary, the lowest of equal logits.
+    """
+    with_gradients = torch.is_grad_enabled() and (states_PH.requires_grad or head_DH.requires_grad)
+    result = _SoftCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch annotates no Function.apply
+        states_PH, head_DH, teacher_logits_MD, teacher_index_P, weight_P, chunk_size, with_gradients
+    )
+    return cast("tuple[Tensor, Tensor]", result)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_PH: Tensor,
+        head_DH: Tensor,
+        teacher_logits_MD: Tensor,
+        teacher_index_P: Tensor,
+        weight_P: Tensor,
+        chunk_size: int,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Walks the chunks once, for the loss and, when asked, the gradients."""
+        compute = _compute_dtype(states_PH)
+        precise = torch.promote_types(torch.float32, compute)
+        head = head_DH.to(compute)
+        loss_P = weight_P.new_empty(len(states_PH), dtype=precise)
+        argmax_P = teacher_index_P.new_empty(len(states_PH))
+        # Chunks of bfloat16 products add up in float32: the small ones would vanish otherwise.
+        grad_states = torch.empty_like(states_PH if with_gradients else states_PH[:0])
+        grad_head = torch.zeros_like(head_DH if with_gradients else head_DH[:0], dtype=precise)
+        # Autocast was applied by hand above, with one cast of the head for all chunks.
+        with torch.autocast(states_PH.device.type, enabled=False):
+            for start in range(0, len(states_PH), chunk_size):
+                chunk = slice(start, start + chunk_size)
+                states = states_PH[chunk].to(compute)
+                logits = (states @ head.T).to(precise)
+                argmax_P[chunk] = logits.argmax(dim=-1)
+                p = teacher_logits_MD[teacher_index_P[chunk]].to(precise).softmax(dim=-1)
+                log_q = logits.log_softmax(dim=-1)
+                weight = weight_P[chunk].to(precise)
+                loss_P[chunk] = -weight * (p * log_q).sum(dim=-1)
+                if with_gradients:
+                    grad_logits = log_q.exp_().sub_(p).mul_(weight[:, None]).to(compute)
+                    grad_states[chunk] = grad_logits @ head
+                    grad_head += grad_logits.T @ states
+        if with_gradients:
+            ctx.save_for_backward(grad_states, grad_head.to(head_DH.dtype))
+        ctx.mark_non_differentiable(argmax_P)
+        return loss_P.sum(), argmax_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides parameter names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Scales the gradients that the forward pass left; the argmax has none."""
+        grad_loss = grad_outputs[0]
+        grad_states, grad_head = ctx.saved_tensors
+        return (
+            grad_states * grad_loss.to(grad_states.dtype) if ctx.needs_input_grad[0] else None,
+            grad_head * grad_loss.to(grad_head.dtype) if ctx.needs_input_grad[1] else None,
+            *[None] * 5,
+        )
+
+
+def _compute_dtype(states_PH: Tensor) -> torch.dtype:
+    """Says in which dtype the matrix products run: autocast's where it is on, else that of the states."""
+    device = states_PH.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states_PH.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """How often the draft's greedy token was the target's, per step; sums over batches and ranks by `+`.
+
+    Each field is (S,) int64.
+
+    Attributes:
+        supervised: Pairs that are supervised, also those whose target token lies outside the draft vocabulary.
+        hits: Of `supervised`, the pairs where the draft's token is the target's.
+        chain_rows: Rows that are supervised at this and every earlier step.
+        chain_hits: Of `chain_rows`, the rows that hit at this and every earlier step.
+    """
+
+    supervised: Tensor
+    hits: Tensor
+    chain_rows: Tensor
+    chain_hits: Tensor
+
+    @classmethod
+    def count(cls, supervised_SN: Tensor, hits_SN: Tensor) -> StepCounts:
+        """Counts pairs from two bool tensors; a hit that is not supervised does not count."""
+        hits_SN = hits_SN & supervised_SN
+        return cls(
+            supervised=supervised_SN.sum(dim=1),
+            hits=hits_SN.sum(dim=1),
+            chain_rows=supervised_SN.long().cumprod(dim=0).sum(dim=1),
+            chain_hits=hits_SN.long().cumprod(dim=0).sum(dim=1),
+        )
+
+    @classmethod
+    def from_tensor(cls, counts_4S: Tensor) -> StepCounts:
+        """Reads what `as_tensor` wrote; the fields are views."""
+        return cls(**{field.name: row for field, row in zip(fields(cls), counts_4S, strict=True)})
+
+    def as_tensor(self) -> Tensor:
+        """Returns all counts as one new (4, S) int64 tensor, for an all-reduce."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
+
+    def __add__(self, other: StepCounts) -> StepCounts:
+        return StepCounts.from_tensor(self.as_tensor() + other.as_tensor())
+
+    def accuracy(self) -> list[float]:
+        """Returns hits / supervised per step; 0 where nothing is supervised."""
+        return _ratios(self.hits, self.supervised)
+
+    def accept_length(self) -> float:
+        """Returns how many tokens of a greedy chain of S drafts the target accepts on average, from 0 to S.
+
+        Counts joint prefixes: a product of per-step accuracies would be wrong, because steps of a row correlate.
+        """
+        return sum(_ratios(self.chain_hits, self.chain_rows))
+
+
+def _ratios(parts: Tensor, wholes: Tensor) -> list[float]:
+    return [part / whole if whole else 0.0 for part, whole in zip(parts.tolist(), wholes.tolist(), strict=True)]

@@ -1,0 +1,53 @@
+"""Derives what the target teaches from its last hidden states, once for each token that supervises.
+
+Shape suffixes: M teacher rows, V target vocabulary, D draft vocabulary, E target hidden.
+"""
+
+# Fields carry shape suffixes like every other tensor.
+# ruff: noqa: N815
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """What the target says at each teacher row.
+
+    Attributes:
+        logits_MD: The target's logits of the draft vocabulary, in the dtype of the hidden states.
+        argmax_M: int64, the target's greedy token over its full vocabulary; of equal logits the lowest id.
+        in_vocab_M: bool, whether that token lies in the draft vocabulary. Only such rows carry loss.
+    """
+
+    logits_MD: Tensor
+    argmax_M: Tensor
+    in_vocab_M: Tensor
+
+
+@torch.no_grad()
+def teach(hidden_ME: Tensor, head_VE: Tensor, draft_ids_D: Tensor, *, chunk_size: int = 1024) -> Teacher:
+    """Runs the target's head and keeps of its logits only the draft's rows and the argmax.
+
+    Args:
+        hidden_ME: The target's last hidden states, after its final norm.
+        head_VE: The target's head.
+        draft_ids_D: int64, the target's token id of each draft token.
+        chunk_size: Rows of full-vocabulary logits that exist at a time.
+
+    Returns:
+        The teacher, on the device of the hidden states and outside any graph.
+    """
+    num_rows = len(hidden_ME)
+    logits_MD = hidden_ME.new_empty((num_rows, len(draft_ids_D)))
+    argmax_M = draft_ids_D.new_empty(num_rows)
+    for start in range(0, num_rows, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logits_CV = hidden_ME[chunk] @ head_VE.T
+        logits_MD[chunk] = logits_CV[:, draft_ids_D]
+        argmax_M[chunk] = logits_CV.argmax(dim=-1)
+    in_draft_V = torch.zeros(len(head_VE), dtype=torch.bool, device=argmax_M.device)
+    in_draft_V[draft_ids_D] = True
+    return Teacher(logits_MD=logits_MD, argmax_M=argmax_M, in_vocab_M=in_draft_V[argmax_M])

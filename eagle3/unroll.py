@@ -1,0 +1,186 @@
+"""Unrolls the draft over several steps on its own states, on the rows that carry loss only.
+
+Shape suffixes: B batch, T tokens, V target vocabulary, D draft vocabulary, H draft hidden, E target hidden, A = 3E
+captured states, N rows that carry loss, S unroll steps, P (row, step) pairs, M teacher rows.
+
+A row t reads the token x_{t+1} and the target's states at t. At step i it reads x_{t+1+i} and its own state of step
+i - 1, at position t + i, and learns what the target says at token c = t + 1 + i. Of a one-layer draft only keys and
+values of step 0 reach other rows, so queries, MLP and all later steps are needed on rows with loss alone, and the
+result is exact.
+"""
+
+# Fields carry shape suffixes like every other tensor.
+# ruff: noqa: N815
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eagle3.attention import row_attention
+from eagle3.draft import Draft
+from eagle3.loss import StepCounts, soft_cross_entropy
+from eagle3.teacher import Teacher, teach
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """Which rows, tokens and teacher rows a batch needs. A flat index is b * T + t.
+
+    Attributes:
+        rows_N: int64, flat index of each row with at least one supervised pair, ascending.
+        batch_N: int64, its sequence.
+        time_N: int64, its token position, in tokens.
+        tokens_SN: int64, flat index of the token that a row reads at a step. Past the end of a sequence it stays on
+            the last token; no such pair, nor any later one of its row, is supervised.
+        supervised_SN: bool, whether the pair carries supervision.
+        teacher_SN: int64, index into `teacher_rows_M` of a supervised pair's teacher; any valid index elsewhere.
+        teacher_rows_M: int64, flat index of each token whose hidden state teaches, each once, ascending.
+    """
+
+    rows_N: Tensor
+    batch_N: Tensor
+    time_N: Tensor
+    tokens_SN: Tensor
+    supervised_SN: Tensor
+    teacher_SN: Tensor
+    teacher_rows_M: Tensor
+
+
+def plan_rows(loss_mask_BT: Tensor, num_steps: int) -> RowPlan:
+    """Finds the rows that carry loss: pair (t, i) is supervised if token c = t + 1 + i exists and is masked in.
+
+    Args:
+        loss_mask_BT: bool, or integers with nonzero for true: whether a token was written by the assistant. Sequences
+            are right-padded, padding is masked out.
+        num_steps: Steps of the unroll.
+
+    Returns:
+        The plan, on the device of the mask. No sequence's first token is ever supervised: no row reads it.
+    """
+    num_tokens = loss_mask_BT.shape[1]
+    mask_BT = loss_mask_BT.bool()
+    supervised_BTS = functional.pad(mask_BT[:, 1:], (0, num_steps)).unfold(1, num_steps, 1)
+    batch_N, time_N = supervised_BTS.any(dim=-1).nonzero(as_tuple=True)
+    steps_S1 = torch.arange(num_steps, device=mask_BT.device)[:, None]
+    tokens_SN = batch_N * num_tokens + (time_N + 1 + steps_S1).clamp(max=num_tokens - 1)
+    teaches = mask_BT.clone()
+    teaches[:, 0] = False
+    rank_of_token = teaches.flatten().cumsum(dim=0) - 1
+    return RowPlan(
+        rows_N=batch_N * num_tokens + time_N,
+        batch_N=batch_N,
+        time_N=time_N,
+        tokens_SN=tokens_SN,
+        supervised_SN=supervised_BTS[batch_N, time_N].T,
+        teacher_SN=rank_of_token[tokens_SN].clamp(min=0),
+        teacher_rows_M=teaches.flatten().nonzero().squeeze(1),
+    )
+
+
+class UnrollResult(NamedTuple):
+    """The sums of one batch; a named tuple, because FSDP finds the tensors to hook in tuples but not in dataclasses.
+
+    Attributes:
+        loss_sum: Scalar, differentiable: the sum over pairs of weight times loss.
+        weight_sum: Scalar: the sum of those weights. Add both over micro-batches and ranks, then divide.
+        counts: How often draft and target agree, per step.
+    """
+
+    loss_sum: Tensor
+    weight_sum: Tensor
+    counts: StepCounts
+
+
+class TrainingTimeTest(nn.Module):
+    """The training-time test of EAGLE-3 (arXiv 2503.01840, section 3): the draft on its own states for several steps.
+
+    Tokens are the true ones, states the draft's own, and the gradient runs through all steps. This is the module to
+    wrap in DDP: it uses each trainable parameter in each forward pass, also when a batch carries no loss.
+
+    Args:
+        draft: The draft to train; held, not copied.
+        num_steps: Steps of the unroll.
+        decay: Step i weighs decay ** i.
+    """
+
+    def __init__(self, draft: Draft, *, num_steps: int, decay: float = 0.8) -> None:
+        super().__init__()
+        self.draft = draft
+        self.num_steps = num_steps
+        self.decay = decay
+
+    def forward(
+        self, input_ids_BT: Tensor, loss_mask_BT: Tensor, aux_BTA: Tensor, hidden_BTE: Tensor, head_VE: Tensor
+    ) -> UnrollResult:
+        """Unrolls one batch.
+
+        Args:
+            input_ids_BT: int64 token ids, right-padded with any valid id.
+            loss_mask_BT: bool, whether a token was written by the assistant; false on padding.
+            aux_BTA: The target's three captured states side by side.
+            hidden_BTE: The target's last hidden states, after its final norm.
+            head_VE: The target's head.
+
+        Returns:
+            The sums of this rank's batch.
+        """
+        plan = plan_rows(loss_mask_BT, self.num_steps)
+        teacher = teach(hidden_BTE.flatten(0, 1).index_select(0, plan.teacher_rows_M), head_VE, self.draft.target_ids())
+        states_SNH = self._unroll(input_ids_BT, aux_BTA, plan)
+        return self._score(states_SNH, plan, teacher)
+
+    def _unroll(self, input_ids_BT: Tensor, aux_BTA: Tensor, plan: RowPlan) -> Tensor:
+        """Runs all steps and returns the states that the head reads, (S, N, H)."""
+        draft = self.draft
+        # The last row of a sequence has no next token. It reads its own: no row with loss sees that key.
+        next_ids_BT = torch.cat((input_ids_BT[:, 1:], input_ids_BT[:, -1:]), dim=1)
+        states_BTH = draft.fuse(aux_BTA)
+        inputs_BTu = draft.step_inputs(next_ids_BT, states_BTH)
+        positions_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+        k0_BTKd, v0_BTKd = draft.keys_values(inputs_BTu, positions_T)
+        states_NH = states_BTH.flatten(0, 1).index_select(0, plan.rows_N)
+        inputs_Nu = inputs_BTu.flatten(0, 1).index_select(0, plan.rows_N)
+        same_row_k: list[Tensor] = []
+        same_row_v: list[Tensor] = []
+        outputs = []
+        for step in range(self.num_steps):
+            positions_N = plan.time_N + step
+            if step > 0:
+                inputs_Nu = draft.step_inputs(input_ids_BT.flatten()[plan.tokens_SN[step]], states_NH)
+                k_NKd, v_NKd = draft.keys_values(inputs_Nu, positions_N)
+                same_row_k.append(k_NKd)
+                same_row_v.append(v_NKd)
+            attended_NQd = row_attention(
+                draft.queries(inputs_Nu, positions_N),
+                k0_BTKd,
+                v0_BTKd,
+                same_row_k=same_row_k,
+                same_row_v=same_row_v,
+                rows_N=plan.rows_N,
+            )
+            states_NH = draft.next_states(states_NH, attended_NQd)
+            outputs.append(draft.norm(states_NH))
+        return torch.stack(outputs)
+
+    def _score(self, states_SNH: Tensor, plan: RowPlan, teacher: Teacher) -> UnrollResult:
+        """Scores the supervised pairs whose target token the draft can name; the others are misses without loss."""
+        carries_loss_SN = plan.supervised_SN & teacher.in_vocab_M[plan.teacher_SN]
+        step_P, row_P = carries_loss_SN.nonzero(as_tuple=True)
+        teacher_P = plan.teacher_SN[step_P, row_P]
+        weight_dtype = torch.promote_types(torch.float32, states_SNH.dtype)
+        weight_S = self.decay ** torch.arange(self.num_steps, dtype=weight_dtype, device=states_SNH.device)
+        weight_P = weight_S[step_P]
+        loss_sum, argmax_P = soft_cross_entropy(
+            states_SNH.flatten(0, 1).index_select(0, step_P * states_SNH.shape[1] + row_P),
+            self.draft.lm_head.weight,
+            teacher.logits_MD,
+            teacher_P,
+            weight_P,
+        )
+        hits_SN = torch.zeros_like(carries_loss_SN)
+        hits_SN[step_P, row_P] = self.draft.target_ids()[argmax_P] == teacher.argmax_M[teacher_P]
+        counts = StepCounts.count(plan.supervised_SN, hits_SN)
+        return UnrollResult(loss_sum=loss_sum, weight_sum=weight_P.sum(), counts=counts)

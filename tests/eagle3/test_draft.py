@@ -1,0 +1,275 @@
+"""Tests for `eagle3.draft`."""
+
+# Expected values stand on the left.
+# ruff: noqa: SIM300
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlavaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from eagle3.draft import Draft, Rope, draft_config
+from eagle3.errors import DraftError
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def target_config(**changes):
+    fields = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "vocab_size": 11,
+        "max_position_embeddings": 128,
+    }
+    return LlamaConfig(**(fields | changes))
+
+
+def target_tensors():
+    torch.manual_seed(0)
+    return {
+        "embedding_VH": torch.randn(11, 8),
+        "head_VH": torch.randn(11, 8),
+        "draft_ids_D": torch.tensor([1, 3, 4, 10]),
+    }
+
+
+def refusal(target, **options):
+    with pytest.raises(DraftError) as caught:
+        draft_config(target, **({"draft_vocab_size": 4} | options))
+    return str(caught.value)
+
+
+def test_the_names_and_shapes_are_those_on_disk():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    expected = {
+        "embed_tokens.weight": (11, 8),
+        "fc.weight": (8, 24),
+        "midlayer.input_layernorm.weight": (8,),
+        "midlayer.hidden_norm.weight": (8,),
+        "midlayer.post_attention_layernorm.weight": (8,),
+        "midlayer.self_attn.q_proj.weight": (12, 16),
+        "midlayer.self_attn.k_proj.weight": (6, 16),
+        "midlayer.self_attn.v_proj.weight": (6, 16),
+        "midlayer.self_attn.o_proj.weight": (8, 12),
+        "midlayer.mlp.gate_proj.weight": (12, 8),
+        "midlayer.mlp.up_proj.weight": (12, 8),
+        "midlayer.mlp.down_proj.weight": (8, 12),
+        "norm.weight": (8,),
+        "lm_head.weight": (4, 8),
+        "d2t": (4,),
+        "t2d": (11,),
+    }
+    assert expected == {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
+    assert (torch.int64, torch.bool) == (draft.d2t.dtype, draft.t2d.dtype)
+
+
+def test_only_the_embedding_is_frozen():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    assert ["embed_tokens.weight"] == [name for name, p in draft.named_parameters() if not p.requires_grad]
+
+
+def test_embedding_and_head_are_found_as_in_transformers():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    assert draft.embed_tokens is draft.get_input_embeddings()
+    assert draft.lm_head is draft.get_output_embeddings()
+
+
+@pytest.mark.parametrize("draft_vocab_size", [4, 11])
+def test_a_draft_of_a_tied_target_is_not_tied(draft_vocab_size):
+    """Also a head over the whole vocabulary is trained on its own."""
+    config = draft_config(target_config(tie_word_embeddings=True), draft_vocab_size=draft_vocab_size)
+    assert config.tie_word_embeddings is False
+    draft = Draft(config)
+    assert draft.lm_head.weight is not draft.embed_tokens.weight
+
+
+def test_the_config_survives_json():
+    config = draft_config(target_config(rope_parameters=LLAMA3_ROPE), draft_vocab_size=4)
+    again = LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert config.to_dict() == again.to_dict()
+    assert (4, 8) == (again.draft_vocab_size, again.target_hidden_size)
+    assert ["LlamaForCausalLMEagle3"] == again.architectures
+    assert LLAMA3_ROPE == again.rope_parameters
+    assert Draft(config).state_dict().keys() == Draft(again).state_dict().keys()
+
+
+def test_the_config_is_cut_from_the_target():
+    target = target_config(bos_token_id=5, eos_token_id=[6, 7], pad_token_id=0, rms_norm_eps=1e-3)
+    config = draft_config(target, draft_vocab_size=4)
+    assert 1 == config.num_hidden_layers
+    assert (5, [6, 7], 0) == (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    assert (1e-3, 128) == (config.rms_norm_eps, config.max_position_embeddings)
+    config.rope_parameters["rope_theta"] = 1.0
+    assert 10000.0 == target.rope_parameters["rope_theta"]
+
+
+def test_a_head_dimension_of_its_own_is_read_and_not_derived():
+    target = Qwen3Config(
+        hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=32, vocab_size=11
+    )
+    assert 32 == draft_config(target, draft_vocab_size=4).head_dim
+
+
+def test_of_a_model_with_several_parts_the_text_part_counts():
+    target = LlavaConfig(text_config=target_config(vocab_size=13))
+    assert 13 == draft_config(target, draft_vocab_size=4).vocab_size
+
+
+def test_a_draft_vocabulary_larger_than_the_targets_is_refused():
+    assert (
+        "draft_vocab_size is 12, but the draft's vocabulary must be a part of the target's, which has 11 tokens. "
+        "Set it to a number from 1 to 11."
+    ) == refusal(target_config(), draft_vocab_size=12)
+
+
+def test_a_rope_for_each_kind_of_layer_is_refused():
+    assert (
+        "The target's rope_parameters differ by kind of layer (full_attention, sliding_attention), and a draft of one "
+        "layer has one rope. Choose a target whose layers share one."
+    ) == refusal(Gemma3TextConfig())
+
+
+def test_a_partial_rotation_is_refused():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    assert (
+        "The target's rope_parameters rotate only a part of each head (partial_rotary_factor 0.5), which a "
+        "Llama-shaped draft cannot do. Choose a target that rotates whole heads."
+    ) == refusal(target_config(rope_parameters=rope))
+
+
+def test_a_target_without_the_needed_fields_is_refused():
+    assert (
+        "The target's config (GPT2Config) has no intermediate_size, rms_norm_eps, rope_parameters, so no Llama-shaped "
+        "draft can be derived from it. Choose a target with rotary positions and RMS norms."
+    ) == refusal(GPT2Config())
+
+
+def test_a_width_that_llama_does_not_allow_is_refused():
+    target = Qwen3Config(hidden_size=9, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2)
+    assert (
+        "The target's hidden_size 9 is not a multiple of its num_attention_heads 2, which a Llama config does not "
+        "allow. Choose another target."
+    ) == refusal(target)
+
+
+def test_a_draft_starts_from_its_target():
+    tensors = target_tensors()
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    draft.init_from_target_(**tensors)
+    assert torch.equal(tensors["embedding_VH"], draft.embed_tokens.weight)
+    assert torch.equal(tensors["head_VH"][[1, 3, 4, 10]], draft.lm_head.weight)
+    assert [1, 2, 2, 7] == draft.d2t.tolist()
+    assert [1, 3, 4, 10] == draft.target_ids().tolist()
+    assert [1, 3, 4, 10] == draft.t2d.nonzero().flatten().tolist()
+    assert torch.equal(torch.ones(8), draft.norm.weight)
+    assert 0.02 == pytest.approx(draft.fc.weight.std().item(), rel=0.3)
+
+
+def test_a_new_draft_names_the_first_tokens():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    assert draft.t2d.nonzero().flatten().tolist() == draft.target_ids().tolist()
+
+
+def test_the_same_seed_starts_the_same_draft():
+    draws = []
+    for _ in range(2):
+        draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+        tensors = target_tensors()
+        draft.init_from_target_(**tensors)
+        draws.append(draft.state_dict())
+    assert all(torch.equal(draws[0][name], draws[1][name]) for name in draws[0])
+
+
+def test_a_draft_built_on_meta_is_whole_after_its_start():
+    config = draft_config(target_config(), draft_vocab_size=4)
+    with torch.device("meta"):
+        draft = Draft(config)
+    draft.to_empty(device="cpu")
+    for tensor in draft.state_dict().values():
+        tensor.fill_(1 if tensor.dtype == torch.bool else 77)
+    expected = Draft(config)
+    tensors = target_tensors()
+    torch.manual_seed(1)
+    draft.init_from_target_(**tensors)
+    torch.manual_seed(1)
+    expected.init_from_target_(**tensors)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, draft.state_dict()[name]), name
+    inputs, positions = torch.randn(3, 16), torch.arange(3)
+    assert torch.equal(expected.queries(inputs, positions), draft.queries(inputs, positions))
+
+
+def test_a_target_of_another_shape_is_refused():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    with pytest.raises(DraftError) as caught:
+        draft.init_from_target_(**(target_tensors() | {"head_VH": torch.zeros(12, 8)}))
+    assert (
+        "The target's head has shape (12, 8), but the draft's config describes (11, 8) (vocab_size, hidden_size). "
+        "Build the config from this target."
+    ) == str(caught.value)
+
+
+def test_a_draft_vocabulary_of_another_size_is_refused():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    with pytest.raises(DraftError) as caught:
+        draft.init_from_target_(**(target_tensors() | {"draft_ids_D": torch.tensor([1, 2])}))
+    assert (
+        "The draft vocabulary has 2 tokens, but the draft's config says draft_vocab_size 4. "
+        "Build both from the same number."
+    ) == str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "default", "rope_theta": 10000.0}, LLAMA3_ROPE, YARN_ROPE],
+    ids=["default", "llama3", "yarn"],
+)
+def test_rotations_are_those_of_transformers(rope, dtype):
+    config = draft_config(target_config(rope_parameters=rope), draft_vocab_size=4)
+    torch.manual_seed(0)
+    heads, positions = torch.randn(9, 2, 6).to(dtype), torch.tensor([0, 1, 2, 5, 31, 32, 33, 100, 127])
+    cos, sin = LlamaRotaryEmbedding(config)(heads, positions[None])
+    expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cos, sin, unsqueeze_dim=2)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(expected[0], Rope(config).rotate(heads, positions), rtol=tolerance, atol=tolerance)
+
+
+def test_frequencies_stay_float32_in_a_bfloat16_draft():
+    config = draft_config(target_config(), draft_vocab_size=4)
+    exact, rounded = Draft(config).double(), Draft(config).bfloat16()
+    for draft in (exact, rounded):
+        nn.init.ones_(draft.midlayer.self_attn.q_proj.weight)
+    inputs, position = torch.ones(1, 16), torch.tensor([127])
+    expected = exact.queries(inputs.double(), position)
+    actual = rounded.queries(inputs.bfloat16(), position).double()
+    # 127 * (1 - 2**-8) would be half a radian off.
+    torch.testing.assert_close(expected, actual, rtol=0, atol=0.15)
+
+
+def test_a_step_reads_the_embedding_first():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    draft.init_from_target_(**target_tensors())
+    ids, states = torch.tensor([[1, 2]]), torch.randn(1, 2, 8)
+    inputs = draft.step_inputs(ids, states)
+    assert torch.equal(draft.midlayer.input_layernorm(draft.embed_tokens(ids)), inputs[..., :8])
+    assert torch.equal(draft.midlayer.hidden_norm(states), inputs[..., 8:])
