@@ -1,0 +1,233 @@
+"""Step 3: the frozen target, and the hidden states that it hands to the draft.
+
+Shape suffixes: B batch, T tokens, V target vocabulary, E target hidden, A = 3E.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eagle3.errors import ConfigError, TargetError
+
+# What transformers raises for a folder that it cannot read: each has been met, none is a programming error of ours.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+# Share of the largest logit. Equal products differ by 2 ** -8 in bfloat16; scaled, capped or shifted ones by more.
+_HEAD_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Features:
+    """What the draft learns from, in the target's dtype, new tensors that need no gradient.
+
+    Attributes:
+        aux_BTA: `(B, T, 3E)`, the three captured states of each token side by side, the lowest layer first.
+        hidden_BTE: `(B, T, E)`, the state that the target's head reads, behind the final norm.
+    """
+
+    aux_BTA: torch.Tensor
+    hidden_BTE: torch.Tensor
+
+
+class FrozenTarget:
+    """A causal language model of transformers that is only read: in eval mode, without gradients.
+
+    Layer ids follow the "layers executed" convention: id k is the input of layer k, which is the output of layer k - 1
+    and `hidden_states[k]` in transformers; id 0 is the embedding's output.
+
+    Args:
+        model: Changed in place to eval mode and `requires_grad=False`.
+        tokenizer: The target's own.
+        layers: Three layer ids, or None for a low, a middle and a high one.
+
+    Attributes:
+        config: The text config of the model.
+        tokenizer: As given.
+        vocab_size: V, rows of the embedding.
+        embedding_VE: The embedding's weight itself, not a copy.
+        head_VE: The output head's weight itself; the same tensor as `embedding_VE` when the target ties them.
+        layer_ids: The three captured layers.
+
+    Raises:
+        TargetError: The model is too shallow, its layers cannot be found, its head is more than a matrix product with
+            the last hidden state, or the tokenizer has more tokens than the embedding has rows.
+        ConfigError: `layers` does not name three ascending layers of this model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int] | None = None
+    ) -> None:
+        self.model = model.eval().requires_grad_(requires_grad=False)
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config(decoder=True)
+        self.decoder: nn.Module = model.get_decoder()
+        self.decoder_layers = _find_layers(self.decoder, num_layers=self.config.num_hidden_layers)
+        self.layer_ids = _choose_layers(len(self.decoder_layers), layers=layers)
+        self.embedding_VE: torch.Tensor = model.get_input_embeddings().weight
+        self.vocab_size: int = self.embedding_VE.shape[0]
+        if len(tokenizer) > self.vocab_size:
+            raise TargetError(
+                f"The tokenizer has {len(tokenizer)} tokens, but the target's embedding has {self.vocab_size} rows. "
+                "Use the tokenizer that belongs to the target."
+            )
+        self.head_VE = self._checked_head()
+
+    @classmethod
+    def load(
+        cls,
+        folder_or_name: str | Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        layers: Sequence[int] | None = None,
+    ) -> "FrozenTarget":
+        """Loads model and tokenizer from a folder or the local Hugging Face cache; reads safetensors and runs no code.
+
+        Args:
+            folder_or_name: A folder with config, weights and tokenizer, or a hub name that was downloaded before.
+            dtype: Of the weights and features.
+            device: One device for the whole model.
+            layers: As for the class.
+
+        Raises:
+            TargetError: Something is missing or cannot be read, or as for the class.
+            ConfigError: As for the class.
+        """
+        # Downloads belong to the user's hand: a misspelt path must not become a question to a server.
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder_or_name, **options)
+        except _LOAD_ERRORS as error:
+            raise TargetError(_unreadable(folder_or_name, part="tokenizer", error=error)) from error
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder_or_name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+        except _LOAD_ERRORS as error:
+            raise TargetError(_unreadable(folder_or_name, part="model", error=error)) from error
+        if info["missing_keys"]:
+            # transformers fills them with random numbers and says so only in its log.
+            raise TargetError(
+                f"The weights in {folder_or_name} lack {', '.join(sorted(info['missing_keys']))}. "
+                "Get the complete model; the folder holds only a part of it."
+            )
+        return cls(model.to(device), tokenizer=tokenizer, layers=layers)
+
+    @torch.no_grad()
+    def features(self, input_ids_BT: torch.Tensor) -> Features:
+        """Runs the target once, up to its final norm: no logits are made.
+
+        There is no attention mask. Padding stands on the right, and a causal model's token sees only what is to its
+        left, so padding changes no state but its own, which nobody supervises.
+
+        Args:
+            input_ids_BT: int64 `(B, T)` on the target's device, padded on the right with any id.
+
+        Returns:
+            The features of all tokens, padding included.
+        """
+        width = self.head_VE.shape[1]
+        aux_BTA = torch.empty(
+            *input_ids_BT.shape, len(self.layer_ids) * width, dtype=self.head_VE.dtype, device=input_ids_BT.device
+        )
+        with self._capture_inputs(aux_BTA.split(width, dim=-1)):
+            hidden_BTE = self.decoder(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        return Features(aux_BTA=aux_BTA, hidden_BTE=hidden_BTE)
+
+    @contextmanager
+    def _capture_inputs(self, slots: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within the block, each captured layer writes its input `(B, T, E)` into its slot."""
+        handles = [
+            self.decoder_layers[layer_id].register_forward_pre_hook(_copy_input_to(slot), with_kwargs=True)
+            for layer_id, slot in zip(self.layer_ids, slots, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _checked_head(self) -> torch.Tensor:
+        """The head's weight, once a short forward has shown that logits are the last hidden state times it.
+
+        Models that scale, cap or shift their logits (Gemma 2, Cohere, Phi 2) put another distribution on top, which
+        neither the loss nor an exported draft knows of.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise TargetError(f"{type(self.model).__name__} has no output head, so it predicts no tokens.")
+        head_VE: torch.Tensor = head.weight
+        ids_BT = torch.arange(min(8, self.vocab_size), device=head_VE.device)[None]
+        hidden_BTE = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+        widths = {"the head": head_VE.shape[1], "the last hidden state": hidden_BTE.shape[-1]}
+        if set(widths.values()) != {self.config.hidden_size}:
+            raise TargetError(
+                f"The target's layers are {self.config.hidden_size} wide, but "
+                + " and ".join(f"{name} is {width}" for name, width in widths.items())
+                + ". The draft needs one width for all of them."
+            )
+        logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits.float()
+        difference = float((logits_BTV - (hidden_BTE @ head_VE.T).float()).abs().max())
+        if difference > _HEAD_TOLERANCE * float(logits_BTV.abs().max()):
+            raise TargetError(
+                f"The logits of {type(self.model).__name__} are not its last hidden state times its head (they differ "
+                f"by up to {difference:.3g}): it scales, caps or shifts them, and a draft would learn another "
+                "distribution. Choose a target without."
+            )
+        return head_VE
+
+
+def _copy_input_to(slot: torch.Tensor) -> Callable[..., None]:
+    # Copied at once: a layer may write into its input, and keeping states to concatenate them would need them twice.
+    def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        slot.copy_(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _find_layers(decoder: nn.Module, *, num_layers: int) -> nn.ModuleList:
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
+        # Only the outermost: a layer may hold as many experts as there are layers.
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not nested:
+            found[name] = module
+    if len(found) != 1:
+        raise TargetError(
+            f"{type(decoder).__name__} has {len(found)} lists of {num_layers} modules ({', '.join(found) or 'none'}), "
+            "but exactly one, the decoder layers, is needed to capture hidden states."
+        )
+    return next(iter(found.values()))
+
+
+def _choose_layers(num_layers: int, *, layers: Sequence[int] | None) -> tuple[int, int, int]:
+    if num_layers < 4:
+        raise TargetError(
+            f"The target has {num_layers} layers; a draft reads from three of them, so it needs 4 or more."
+        )
+    if layers is None:
+        # The engines' default (vLLM, SGLang); in fewer than 7 layers its three ids coincide.
+        return (2, num_layers // 2, num_layers - 3) if num_layers >= 7 else (1, num_layers // 2, num_layers - 1)
+    if len(layers) != 3 or not 0 <= layers[0] < layers[1] < layers[2] < num_layers:
+        raise ConfigError(
+            f"target.layers is {list(layers)}, but it must be three ascending ids from 0 to {num_layers - 1}: "
+            "id k is the input of the target's layer k."
+        )
+    low, middle, high = layers
+    return low, middle, high
+
+
+def _unreadable(folder_or_name: str | Path, *, part: str, error: Exception) -> str:
+    if Path(folder_or_name).is_dir():
+        advice = "The folder must hold config.json, *.safetensors and tokenizer.json of a causal language model."
+    else:
+        advice = "There is no such folder, and no such name in the local Hugging Face cache: download it first."
+    return f"The {part} of the target {folder_or_name} cannot be loaded. {advice} ({' '.join(str(error).split())})"

@@ -1,0 +1,107 @@
+"""Step 2: the draft vocabulary, which is the target's tokens that the assistant writes most.
+
+Shape suffixes: V target vocabulary, D draft vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from eagle3.data import Example
+from eagle3.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DraftVocab:
+    """The target ids that the draft can propose.
+
+    Attributes:
+        ids_D: int64 `(D,)`, ascending: draft id `j` means target id `ids_D[j]`.
+        target_size: V, rows of the target's embedding.
+        coverage: Share of the supervised tokens that are in the draft vocabulary, 0 to 1.
+    """
+
+    ids_D: torch.Tensor
+    target_size: int
+    coverage: float
+
+    @property
+    def size(self) -> int:
+        """D, rows of the draft's head."""
+        return self.ids_D.numel()
+
+    @property
+    def d2t_D(self) -> torch.Tensor:
+        """int64 `(D,)`, a new tensor, in the offset form that engines read: target id = `j + d2t[j]`."""
+        return self.ids_D - torch.arange(self.size)
+
+    @property
+    def t2d_V(self) -> torch.Tensor:
+        """Bool `(V,)`, a new tensor: whether the draft can propose a target id."""
+        t2d_V = torch.zeros(self.target_size, dtype=torch.bool)
+        t2d_V[self.ids_D] = True
+        return t2d_V
+
+
+def count_supervised(examples: Sequence[Example], vocab_size: int) -> torch.Tensor:
+    """Counts how often the assistant wrote each token.
+
+    Args:
+        examples: At least one.
+        vocab_size: V, rows of the target's embedding.
+
+    Returns:
+        int64 `(V,)`.
+
+    Raises:
+        DataError: An id lies outside the vocabulary.
+    """
+    ids = torch.cat([example.input_ids[example.loss_mask] for example in examples])
+    counts_V = torch.bincount(ids, minlength=vocab_size)
+    if counts_V.numel() > vocab_size:
+        raise DataError(
+            f"Token id {counts_V.numel() - 1} is in the data, but the target's embedding has {vocab_size} rows. "
+            "Use the tokenizer that belongs to the target."
+        )
+    return counts_V
+
+
+def forced_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
+    """The ids below `vocab_size` of the tokenizer's special tokens (begin, end, padding, unknown, extra), ascending."""
+    return tuple(sorted({index for index in tokenizer.all_special_ids if index < vocab_size}))
+
+
+def choose_draft_vocab(counts_V: torch.Tensor, *, size: int | None, forced_ids: Iterable[int]) -> DraftVocab:
+    """Keeps the most frequent tokens; among equally frequent ones the lowest ids.
+
+    Args:
+        counts_V: int64 `(V,)`, from `count_supervised`.
+        size: D, or None for the whole vocabulary.
+        forced_ids: Kept however rare they are; they count towards `size`.
+
+    Returns:
+        The draft vocabulary, which depends on the arguments alone. A list with fewer than `size` tokens that occur
+        is filled up with the lowest unused ids.
+
+    Raises:
+        ConfigError: `size` exceeds V or has no room for `forced_ids`, or one of those lies outside the vocabulary.
+    """
+    vocab_size = counts_V.numel()
+    forced = torch.tensor(sorted(set(forced_ids)), dtype=torch.int64)
+    size = vocab_size if size is None else size
+    if forced.numel() and not 0 <= int(forced[0]) <= int(forced[-1]) < vocab_size:
+        raise ConfigError(f"Forced ids {forced.tolist()} must lie in the target's vocabulary of {vocab_size} tokens.")
+    if not max(1, forced.numel()) <= size <= vocab_size:
+        raise ConfigError(
+            f"draft.vocab_size is {size}, but it must be at least {max(1, forced.numel())} to hold the "
+            f"{forced.numel()} special tokens, and at most {vocab_size}, the target's vocabulary."
+        )
+    rank_V = counts_V.clone()
+    rank_V[forced] = counts_V.max() + 1
+    ids_D = rank_V.argsort(descending=True, stable=True)[:size].sort().values
+    total = int(counts_V.sum())
+    # Without supervised tokens none is outside.
+    coverage = int(counts_V[ids_D].sum()) / total if total else 1.0
+    return DraftVocab(ids_D=ids_D, target_size=vocab_size, coverage=coverage)
