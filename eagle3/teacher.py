@@ -3,9 +3,6 @@
 Shape suffixes: M teacher rows, V target vocabulary, D draft vocabulary, E target hidden.
 """
 
-# Fields carry shape suffixes like every other tensor.
-# ruff: noqa: N815
-
 from dataclasses import dataclass
 
 import torch

@@ -9,9 +9,6 @@ values of step 0 reach other rows, so queries, MLP and all later steps are neede
 result is exact.
 """
 
-# Fields carry shape suffixes like every other tensor.
-# ruff: noqa: N815
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -1,1 +1,11 @@
-"""."""
+"""torch.distributed.checkpoint under the tie policy: each tied tensor once, whole or absent, and nothing unpickled."""
+
+from tiepolicy_dcp._load import Restored as Restored
+from tiepolicy_dcp._load import load as load
+from tiepolicy_dcp._save import save as save
+from tiepolicy_dcp._state import ModelState as ModelState
+from tiepolicy_dcp._state import OptimizerState as OptimizerState
+from tiepolicy_dcp._store import LATEST as LATEST
+from tiepolicy_dcp._store import CheckpointStore as CheckpointStore
+from tiepolicy_dcp.errors import CheckpointError as CheckpointError
+from tiepolicy_dcp.errors import UntrustedCheckpointError as UntrustedCheckpointError

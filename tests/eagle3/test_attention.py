@@ -1,7 +1,6 @@
 """Tests for `eagle3.attention`."""
 
 # Expected values stand on the left.
-# ruff: noqa: SIM300
 
 import pytest
 import torch

@@ -1,7 +1,6 @@
 """Tests for `eagle3.teacher`."""
 
 # Expected values stand on the left.
-# ruff: noqa: SIM300
 
 import pytest
 import torch

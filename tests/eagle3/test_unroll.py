@@ -1,19 +1,18 @@
 """Tests for `eagle3.unroll`: the pruned unroll against the row-by-row reference."""
 
 # Expected values stand on the left.
-# ruff: noqa: SIM300
 
 from dataclasses import dataclass
 
 import pytest
 import torch
-from eagle3_reference import Shape, reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from eagle3.draft import Draft, draft_config
 from eagle3.unroll import TrainingTimeTest, plan_rows
+from eagle3_reference import Shape, reference
 
 H, E, HEAD_DIM = 8, 6, 4
 

@@ -1,0 +1,71 @@
+"""Step 5, extra state: JSON values and tensors that ride along with a checkpoint, without pickle."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tiepolicy_dcp._folder import flush_file, read_json, write_text
+from tiepolicy_dcp.errors import CheckpointError
+
+VALUES = "extra.json"
+TENSORS = "extra.safetensors"
+_REFERENCE = "tensor in extra.safetensors"
+
+
+def write_extra(folder: Path, extra: Mapping[str, Any]) -> None:
+    """Write a nested structure of JSON values and tensors.
+
+    Raises:
+        CheckpointError: If it holds a value that is neither.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        values = json.dumps(_take_tensors(extra, "", tensors), indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"extra state can hold tensors and what JSON can (strings, numbers, lists, dicts with string keys): {error}"
+        ) from error
+    if tensors:
+        save_file(tensors, folder / TENSORS)
+        flush_file(folder / TENSORS)
+    write_text(folder / VALUES, values)
+
+
+def read_extra(folder: Path) -> dict[str, Any]:
+    """What `write_extra` wrote; tensors come back on the CPU, tuples as lists.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    values = read_json(folder / VALUES)
+    if values is None:
+        raise CheckpointError(f"{folder / VALUES} is missing: a part of the checkpoint was lost")
+    try:
+        tensors = load_file(folder / TENSORS) if (folder / TENSORS).exists() else {}
+        return dict(_put_tensors(values, tensors))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{folder / TENSORS} is damaged or does not belong to {VALUES}: {error}") from error
+
+
+def _take_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {_REFERENCE: path}
+    if isinstance(value, Mapping):
+        return {key: _take_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_REFERENCE}:
+            return tensors[value[_REFERENCE]]
+        return {key: _put_tensors(item, tensors) for key, item in value.items()}
+    return [_put_tensors(item, tensors) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,110 @@
+"""Step 2, folders: a checkpoint appears under its name in one step, when every byte of it is on disk."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tiepolicy import TiePlan
+from tiepolicy.errors import ManifestError
+from tiepolicy_dcp.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+METADATA = ".metadata"
+
+
+def unfinished(folder: Path) -> Path:
+    """Where a checkpoint lies while it is written: beside its final place, so that a rename can publish it."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def prepare(folder: Path) -> None:
+    """Make the empty folder that a checkpoint is written into; what a killed save left there is removed.
+
+    Raises:
+        CheckpointError: If there is something under the checkpoint's name already, or no folder can be made.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise CheckpointError(
+            f"{folder} exists already, and a checkpoint is never written over another: choose another name, or delete "
+            "it first"
+        )
+    try:
+        shutil.rmtree(unfinished(folder), ignore_errors=True)
+        unfinished(folder).mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make a folder for the checkpoint {folder}: {error}") from error
+
+
+def discard(folder: Path) -> None:
+    """Remove what was written of a checkpoint that could not be finished."""
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
+
+
+def publish(folder: Path) -> None:
+    """Give a finished checkpoint its name: flush the folder, rename it, flush its parent."""
+    flush_folder(unfinished(folder))
+    unfinished(folder).rename(folder)
+    flush_folder(folder.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until the entries of a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_file(path: Path) -> None:
+    """Wait until a file that another library wrote is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_manifest(folder: Path, plan: TiePlan) -> None:
+    """Write the plan beside DCP's metadata."""
+    write_text(folder / MANIFEST, json.dumps(plan.to_manifest(), indent=1))
+
+
+def read_manifest(folder: Path) -> TiePlan | None:
+    """The plan in a checkpoint; None if the checkpoint was written without one.
+
+    Raises:
+        ManifestError: If there is a manifest that cannot be trusted; the message names the file.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return None
+    try:
+        return TiePlan.from_manifest(manifest)
+    except ManifestError as error:
+        raise ManifestError(f"{folder / MANIFEST}: {error}", names=error.names) from error
+
+
+def read_json(path: Path) -> Mapping[str, Any] | None:
+    """A JSON object from a file of a checkpoint; None if there is no such file.
+
+    Raises:
+        CheckpointError: If the file is not JSON, or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value

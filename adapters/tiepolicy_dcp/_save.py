@@ -1,0 +1,123 @@
+"""Step 6, saving: plan, agree, write, flush, publish."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+
+import tiepolicy
+from tiepolicy import TiePlan
+from tiepolicy_dcp._extra import write_extra
+from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, unfinished, write_manifest
+from tiepolicy_dcp._ranks import agreed_plan, is_distributed, is_first_rank, on_first_rank
+from tiepolicy_dcp._state import ModelState, OptimizerState
+from tiepolicy_dcp.errors import CheckpointError
+
+#: File of a checkpoint with the whole model as other tools read it.
+CONSOLIDATED = "model.safetensors"
+
+
+def save(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: Mapping[str, Any] | None = None,
+    plan: TiePlan | None = None,
+    consolidated: bool = False,
+) -> Path:
+    """Write a checkpoint. Called by all ranks of the default process group, or by a single process without one.
+
+    The folder appears under its name only when it is whole and flushed; a save that fails or is killed leaves nothing
+    there. Each tied tensor is written once, and the plan lies beside DCP's metadata as `manifest.json`.
+
+    Args:
+        folder: A name that does not exist yet.
+        model: What to save; sharded (DTensor) or replicated.
+        optimizer: Its optimizer, saved under the canonical names of the parameters.
+        extra: Nested JSON values and tensors; what rank 0 passes is kept.
+        plan: The model's plan; made by the default policy if not given.
+        consolidated: Also write `model.safetensors`, gathered on rank 0, without aliases.
+
+    Returns:
+        The folder as an absolute path.
+
+    Raises:
+        UnsafeVerdictError: Before anything is written, if a plugin would lose a tensor.
+        PlanMismatchError: On every rank, before anything is written, if ranks made different plans.
+        TieConflictError: If names that are one tensor in the plan hold different values.
+        CheckpointError: If the folder exists or cannot be written; what was written so far is removed.
+    """
+    folder = Path(folder).absolute()
+    plan = agreed_plan(lambda: plan or tiepolicy.plan(model))
+    state = _state(model, optimizer, plan)
+    on_first_rank(lambda: prepare(folder))
+    try:
+        _write_tensors(folder, state)
+        whole = _gather(model, plan) if consolidated else None
+        on_first_rank(lambda: _finish(folder, plan, extra, whole))
+    except (CheckpointException, OSError, ValueError) as error:
+        if is_first_rank():
+            discard(folder)
+        raise _as_checkpoint_error(folder, error) from error
+    return folder
+
+
+def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict[str, torch.Tensor]:
+    state = {f"model.{name}": value for name, value in ModelState(model, plan=plan).state_dict().items()}
+    if optimizer is not None:
+        of_optimizer = OptimizerState(model, optimizer, plan=plan).state_dict()
+        state |= {f"optimizer.{name}": value for name, value in of_optimizer.items()}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__}; only tensors are saved, since reading anything else back would "
+                "run a pickle. Hand it over in `extra`, as JSON or tensors"
+            )
+    return state
+
+
+def _write_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    with warnings.catch_warnings():
+        # One process is a supported way to save, not an accident worth a warning.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp_save(
+            state, storage_writer=FileSystemWriter(unfinished(folder), sync_files=True), no_dist=not is_distributed()
+        )
+
+
+def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
+    """The whole model on the CPU of rank 0, without aliases; empty on other ranks."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    return plan.compact(gathered)
+
+
+def _finish(
+    folder: Path, plan: TiePlan, extra: Mapping[str, Any] | None, whole: Mapping[str, torch.Tensor] | None
+) -> None:
+    target = unfinished(folder)
+    write_manifest(target, plan)
+    write_extra(target, extra or {})
+    if whole is not None:
+        tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
+        save_file(tensors, target / CONSOLIDATED, metadata={"format": "pt"})
+        flush_file(target / CONSOLIDATED)
+    publish(folder)
+
+
+def _as_checkpoint_error(folder: Path, error: BaseException) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    # DCP's exception holds one error per failed rank and is no Exception itself.
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return CheckpointError(f"{folder} could not be written: {type(causes[0]).__name__}: {causes[0]}. Nothing was kept")

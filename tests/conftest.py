@@ -1,0 +1,21 @@
+"""Profiles and the settings that all tests share."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("dev", deadline=None, max_examples=50)
+# CI runs the same examples each time: a failure there is a failure everywhere.
+settings.register_profile(
+    "ci", deadline=None, max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, on one thread."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

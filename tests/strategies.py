@@ -1,0 +1,71 @@
+"""Hypothesis strategies for models and state dicts, small ones first."""
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from models import FlaggedPair, TiedPair
+
+#: Sizes of real vocabularies and of the drafts made for them.
+FIELD_VOCAB_SIZES = [8192, 32000, 50257, 128256, 151936, 262144]
+
+
+def vocab_sizes() -> st.SearchStrategy[int]:
+    """Any vocabulary size a model may have; only for tensors without data."""
+    return st.integers(1, 300_000) | st.sampled_from(FIELD_VOCAB_SIZES)
+
+
+def small_sizes() -> st.SearchStrategy[int]:
+    """Sizes small enough for tensors with data, 1 included."""
+    return st.integers(1, 9)
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    """Types that weights are stored in."""
+    return st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+@st.composite
+def flagged_pairs(draw: st.DrawFn, *, sizes: st.SearchStrategy[int], device: str = "cpu") -> FlaggedPair:
+    """An embedding and a head with any sizes, flag and, where the sizes allow it, any physical tie."""
+    vocab_size, draft_vocab_size, hidden_size = draw(sizes), draw(sizes), draw(small_sizes())
+    if draw(st.booleans()):
+        draft_vocab_size = vocab_size
+    tied = vocab_size == draft_vocab_size and draw(st.booleans())
+    with torch.device(device):
+        model = FlaggedPair(
+            flag=draw(st.booleans()),
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            hidden_size=hidden_size,
+            tied=tied,
+        )
+    return model.to(draw(dtypes()))
+
+
+@st.composite
+def view_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Mappings with tensors of their own, doubles, and views of every kind, in any order of names."""
+    tensors: list[torch.Tensor] = []
+    for _ in range(draw(st.integers(1, 3))):
+        rows, columns = draw(small_sizes()), draw(small_sizes())
+        base = torch.randn(rows, columns, dtype=draw(dtypes()))
+        tensors.append(base)
+        start = draw(st.integers(0, rows - 1))
+        stop = draw(st.integers(start, rows))
+        views = [base, base.detach(), base.t(), base[start:stop], base[:, : (columns + 1) // 2], base.view(-1)[start:]]
+        tensors += draw(st.lists(st.sampled_from(views), max_size=4))
+    names = draw(st.permutations([f"layer{index}.weight" for index in range(len(tensors))]))
+    return dict(zip(names, tensors, strict=True))
+
+
+@st.composite
+def tied_modules(draw: st.DrawFn) -> nn.Module:
+    """Stacks of tied and untied pairs, some of them nested."""
+    pairs: list[nn.Module] = [
+        TiedPair(tied=draw(st.booleans()), vocab_size=draw(small_sizes()), hidden_size=draw(small_sizes()))
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    if draw(st.booleans()):
+        pairs.append(pairs[0])
+    return nn.Sequential(*pairs) if draw(st.booleans()) else nn.Sequential(nn.Sequential(*pairs))

@@ -1,0 +1,86 @@
+"""Imports point one way: up the list, in the order of the data."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+#: What each package may import of the others.
+PACKAGES = {
+    "tiepolicy": (ROOT / "tiepolicy", set()),
+    "tiepolicy_hf": (ROOT / "adapters" / "tiepolicy_hf", {"tiepolicy"}),
+    "tiepolicy_dcp": (ROOT / "adapters" / "tiepolicy_dcp", {"tiepolicy"}),
+    "eagle3": (ROOT / "eagle3", {"tiepolicy", "tiepolicy_dcp", "tiepolicy_hf"}),
+}
+
+#: Reading order inside the packages: a module imports only modules that stand before it.
+FLOW = {
+    "tiepolicy": """errors _facts _observe _claims _verdicts _evidence _groups _values _table _manifest _plan
+        hookspecs _rules _policy _reconcile __init__""",
+    "tiepolicy_hf": "_plugin __init__",
+    "tiepolicy_dcp": "errors _ranks _folder _reader _state _extra _save _load _store __init__",
+    "eagle3": """errors config data vocab target teacher draft attention loss unroll checkpoint trainer embedded
+        demo cli __main__ __init__""",
+}
+
+
+def imported(path):
+    """The modules that a file imports, dotted, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert 0 == node.level, f"{path} imports relatively"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_stands_before_them(package):
+    folder, allowed = PACKAGES[package]
+    used = {name.split(".")[0] for path in folder.glob("*.py") for name in imported(path)} & set(PACKAGES)
+    assert used - {package} <= allowed
+
+
+@pytest.mark.parametrize("package", FLOW)
+def test_every_module_has_a_place_in_the_flow(package):
+    assert sorted(FLOW[package].split()) == sorted(path.stem for path in PACKAGES[package][0].glob("*.py"))
+
+
+@pytest.mark.parametrize("package", FLOW)
+def test_modules_import_only_what_stands_before_them(package):
+    order = FLOW[package].split()
+    for path in PACKAGES[package][0].glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        siblings = {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")} & set(order)
+        later = [name for name in siblings if order.index(name) >= order.index(path.stem)]
+        assert [] == later, f"{path.name} imports {later}, which stands after it"
+
+
+def test_the_core_imports_neither_transformers_nor_dcp():
+    """Nor do the plugins that its default policy loads."""
+    code = """
+import sys, torch, tiepolicy
+tiepolicy.plan({"a": torch.zeros(1)})
+print([name for name in ("transformers", "torch.distributed.checkpoint") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "[]" == result.stdout.strip()
+
+
+def test_only_one_core_module_reads_storages():
+    readers = [path.name for path in (ROOT / "tiepolicy").glob("*.py") if "untyped_storage" in path.read_text()]
+    assert ["_observe.py"] == readers
+
+
+def test_transformers_is_imported_by_the_trainer_only():
+    for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf"):
+        used = {name.split(".")[0] for path in PACKAGES[package][0].glob("*.py") for name in imported(path)}
+        assert "transformers" not in used

@@ -1,0 +1,76 @@
+"""The wheel: what it claims, and that what it publishes is found."""
+
+import email
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP_LEVEL = {"tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2", "eagle3"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """The wheel unpacked, as an installer does it."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_the_wheel_claims_no_other_top_level_name(site):
+    names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
+    assert names <= TOP_LEVEL
+    assert {"tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "eagle3"} <= names
+
+
+def test_every_package_says_that_it_is_typed(site):
+    packages = [path for path in site.iterdir() if not path.name.endswith(".dist-info")]
+    assert [True] * len(packages) == [(path / "py.typed").exists() for path in packages]
+
+
+def test_the_core_needs_only_torch_pluggy_and_safetensors(site):
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    requirements = email.message_from_string(metadata.read_text()).get_all("Requires-Dist")
+    needed = {requirement.split(">")[0] for requirement in requirements if "extra ==" not in requirement}
+    assert {"torch", "pluggy", "safetensors"} == needed
+
+
+def test_plugins_are_loaded_from_the_wheel_by_their_entry_points(site):
+    code = f"""
+import sys
+sys.path.insert(0, {str(site)!r})
+import tiepolicy
+from importlib.metadata import entry_points
+from tiepolicy._policy import default_policy
+names = sorted(name for name, plugin in default_policy()._manager.list_name_plugin())
+files = {{name.split(".")[0]: sys.modules[name].__file__ for name in ("tiepolicy", "tiepolicy_hf")}}
+print(names, all(file.startswith({str(site)!r}) for file in files.values()))
+"""
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert "['built-in rules', 'hf'] True" == result.stdout.strip()
+
+
+def test_the_pins_fulfil_what_the_package_asks_for():
+    """The constraints file pins each direct dependency, so that a fresh set-up is the one that was tested."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    asked = {
+        requirement.split(">")[0].split("[")[0].lower()
+        for requirement in [*project["dependencies"], *(item for extra in extras for item in extra)]
+    }
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert asked - {"tiepolicy"} <= pinned

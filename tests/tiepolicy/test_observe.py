@@ -1,0 +1,101 @@
+"""What is seen of a model: names without wrappers, and no tensor data."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiepolicy
+from models import TiedPair, tiny_llama
+from tiepolicy.errors import ObservationError
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts every operation that reaches a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_wrappers_change_no_name():
+    plain = TiedPair()
+    wrapped = copy.deepcopy(plain)
+    wrapped.embed_tokens = checkpoint_wrapper(wrapped.embed_tokens)
+    compiled = torch.compile(wrapped)
+    parallel = nn.DataParallel(compiled)
+    assert tiepolicy.plan(plain) == tiepolicy.plan(parallel)
+
+
+def test_a_module_called_module_keeps_its_name():
+    model = nn.ModuleDict({"module": nn.Linear(2, 2, bias=False)})
+    assert ["module.weight"] == list(tiepolicy.plan(model).tensors)
+
+
+def test_two_tensors_that_get_one_name_are_refused():
+    model = nn.ModuleDict(
+        {"a": nn.Linear(2, 2, bias=False), "_orig_mod": nn.ModuleDict({"a": nn.Linear(2, 2, bias=False)})}
+    )
+    with pytest.raises(ObservationError, match="two different tensors are both named a.weight"):
+        tiepolicy.plan(model)
+
+
+def test_persistent_buffers_are_seen_and_others_are_not():
+    model = nn.Module()
+    model.register_buffer("kept", torch.zeros(2))
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    assert ["kept"] == list(tiepolicy.plan(model).tensors)
+
+
+def test_a_buffer_that_is_a_parameter_is_a_tie():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2))
+    model.register_buffer("shadow", model.weight.data)
+    assert [("shadow", "weight")] == [group.names for group in tiepolicy.plan(model).groups]
+
+
+def test_a_module_registered_twice_ties_all_it_holds():
+    block = nn.Linear(2, 2)
+    model = nn.ModuleDict({"first": block, "second": block})
+    groups = [group.names for group in tiepolicy.plan(model).groups]
+    assert [("first.bias", "second.bias"), ("first.weight", "second.weight")] == groups
+
+
+def test_ties_on_the_meta_device_are_ties_of_objects():
+    """Every pointer is 0 there, so pointers would tie everything to everything."""
+    with torch.device("meta"):
+        model = tiny_llama(tie_word_embeddings=True)
+    assert [("model.embed_tokens.weight", "lm_head.weight")] == [g.names for g in tiepolicy.plan(model).groups]
+
+
+def test_fake_tensors_are_told_apart():
+    with torch._subclasses.FakeTensorMode():
+        state_dict = {"a": torch.zeros(3), "b": torch.zeros(3)}
+        state_dict["c"] = state_dict["a"].detach()
+        assert [("a", "c")] == [group.names for group in tiepolicy.plan(state_dict).groups]
+
+
+def test_planning_reads_no_data():
+    model = tiny_llama(tie_word_embeddings=True)
+    with CountedOperations() as counted:
+        tiepolicy.plan(model)
+    assert [] == counted.operations
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({1: torch.zeros(1)}, "the name 1 is a int; names of tensors are strings"),
+        ({"step": 3}, "step is a int, not a tensor"),
+    ],
+)
+def test_a_mapping_with_anything_else_is_refused(mapping, message):
+    with pytest.raises(ObservationError, match=message):
+        tiepolicy.plan(mapping)

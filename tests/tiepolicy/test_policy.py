@@ -1,0 +1,172 @@
+"""Plugins: they claim, decide and choose, and can never make a checkpoint lose a tensor."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiepolicy
+import tiepolicy_hf._plugin
+from models import FlaggedPair, TiedPair
+from strategies import view_dicts
+from tiepolicy import Claim, Policy, Verdict, hookimpl
+from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
+
+
+class FlagTrusting:
+    """The rule of the first failure: what is declared to be tied is tied."""
+
+    @hookimpl
+    def tiepolicy_decide(self, claim):
+        return Verdict.alias("same-storage", "the config says so") if claim.source == "declared" else None
+
+
+class RandomAnswers:
+    """Claims anything, decides anything, chooses any name."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    @hookimpl
+    def tiepolicy_claims(self, facts):
+        names = sorted(facts)
+        return [Claim(tuple(self.random.sample(names, 2)), "user", "chance")] if len(names) > 1 else None
+
+    @hookimpl
+    def tiepolicy_decide(self):
+        return self.random.choice([None, Verdict.alias("view-of"), Verdict.independent("storage-disjoint", "chance")])
+
+    @hookimpl
+    def tiepolicy_canonical(self, group):
+        return self.random.choice([None, *group])
+
+
+def test_the_flag_trusting_rule_is_stopped_with_the_shapes_in_the_message():
+    policy = Policy(plugins=[tiepolicy_hf._plugin, FlagTrusting()])
+    model = FlaggedPair(flag=True, vocab_size=12, draft_vocab_size=8, hidden_size=4)
+    expected = (
+        "a plugin calls lm_head.weight and embed_tokens.weight one tensor (same-storage; claimed by "
+        "config.tie_word_embeddings), but lm_head.weight (8, 4) cannot be rebuilt from embed_tokens.weight (12, 4): "
+        "shapes differ. Saving would lose lm_head.weight; nothing was written. Remove the plugin's verdict, or tie the "
+        "two first"
+    )
+    with pytest.raises(UnsafeVerdictError) as caught:
+        policy.plan(model)
+    assert expected == str(caught.value)
+
+
+@given(view_dicts(), st.integers())
+def test_no_plugin_can_make_compact_lose_a_byte(state_dict, seed):
+    try:
+        plan = Policy(plugins=[RandomAnswers(seed)]).plan(state_dict)
+    except UnsafeVerdictError:
+        return
+    expanded = plan.expand(plan.compact(state_dict))
+    assert set(state_dict) == set(expanded)
+    assert all(torch.equal(state_dict[name], expanded[name]) for name in state_dict)
+
+
+def test_a_plugin_may_choose_the_stored_name():
+    class StoreHead:
+        @hookimpl
+        def tiepolicy_canonical(self, group):
+            return "lm_head.weight"
+
+    assert [("lm_head.weight", "embed_tokens.weight")] == [
+        group.names for group in Policy(plugins=[StoreHead()]).plan(TiedPair()).groups
+    ]
+
+
+def test_a_plugin_may_keep_a_real_tie_apart():
+    """Then both names are stored: bytes are spent, none is lost."""
+
+    class Apart:
+        @hookimpl
+        def tiepolicy_decide(self):
+            return Verdict.independent("storage-disjoint", "kept apart on purpose")
+
+    plan = Policy(plugins=[Apart()]).plan(TiedPair())
+    assert ((), 1) == (plan.groups, len(plan.refused))
+
+
+def test_a_name_that_cannot_rebuild_the_others_is_no_canonical_name():
+    class StorePart:
+        @hookimpl
+        def tiepolicy_canonical(self):
+            return "part"
+
+    whole = torch.zeros(4)
+    with pytest.raises(UnsafeVerdictError, match="the names that contain all others are \\['whole'\\]"):
+        Policy(plugins=[StorePart()]).plan({"whole": whole, "part": whole[:2]})
+
+
+def test_a_claim_on_an_absent_name_is_refused_and_kept():
+    class ClaimAbsent:
+        @hookimpl
+        def tiepolicy_claims(self):
+            return [Claim(("embed_tokens.weight", "gone.weight"), "declared", "a registry")]
+
+    expected = (
+        "gone.weight and embed_tokens.weight (12, 4) cannot be one tensor: gone.weight is not in the model; "
+        "claimed by a registry"
+    )
+    assert [expected] == [str(r) for r in Policy(plugins=[ClaimAbsent()]).plan(TiedPair(tied=False)).refused]
+
+
+def test_a_claim_of_three_names_is_judged_pair_by_pair():
+    class ClaimThree:
+        @hookimpl
+        def tiepolicy_claims(self):
+            return [Claim(("a", "b", "c"), "user", "me")]
+
+    shared = torch.zeros(3)
+    plan = Policy(plugins=[ClaimThree()]).plan({"a": shared, "b": shared, "c": torch.zeros(3)})
+    assert [("a", "b")] == [group.names for group in plan.groups]
+    assert [("a", "c")] == [refusal.claim.names for refusal in plan.refused]
+
+
+def test_a_plugin_that_raises_is_named():
+    class Broken:
+        @hookimpl
+        def tiepolicy_claims(self):
+            raise KeyError("tie_word_embeddings")
+
+    policy = Policy()
+    policy._manager.register(Broken(), name="acme-ties")
+    with pytest.raises(PluginError, match="tiepolicy_claims of the plugin acme-ties raised KeyError"):
+        policy.plan(TiedPair())
+
+
+def test_an_answer_of_the_wrong_type_is_refused():
+    class Wordy:
+        @hookimpl
+        def tiepolicy_decide(self):
+            return "alias"
+
+    with pytest.raises(PluginError, match="answered tiepolicy_decide with 'alias', a str; expected a Verdict"):
+        Policy(plugins=[Wordy()]).plan(TiedPair())
+
+
+def test_a_plugin_hears_of_the_finished_plan():
+    heard = []
+
+    class Listener:
+        @hookimpl
+        def tiepolicy_planned(self, plan):
+            heard.append(plan)
+
+    assert [Policy(plugins=[Listener()]).plan(TiedPair())] == heard
+
+
+def test_policies_share_nothing():
+    Policy(plugins=[FlagTrusting()])
+    model = FlaggedPair(flag=True, vocab_size=12, draft_vocab_size=8, hidden_size=4)
+    assert () == Policy().plan(model).refused
+
+
+@pytest.mark.parametrize("names", [(), ("a",), ("a", "a")])
+def test_a_claim_needs_two_names(names):
+    with pytest.raises(TiePolicyError, match="a claim needs two or more different names"):
+        tiepolicy.Claim(names, "user")
