@@ -28,7 +28,7 @@ _CHAT_TEMPLATE = (
 )
 
 _BATCH_SIZE = 4
-_PEAK_RATE = 3e-3
+_PEAK_RATE = 6e-3
 
 _SYSTEM = (
     "You are a helpful assistant.",
