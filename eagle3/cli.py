@@ -1,4 +1,4 @@
-"""Step 13: the command line."""
+"""Step 15: the command line."""
 
 import logging
 import sys
@@ -52,12 +52,18 @@ def _train(config: RunConfig, ranks: Ranks) -> int:
 
 
 def _make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    parser = ArgumentParser(prog="eagle3", description="Trains EAGLE-3 drafts of transformers models.")
+    parser = ArgumentParser(
+        prog="eagle3", allow_abbrev=False, description="Trains EAGLE-3 drafts of transformers models."
+    )
     commands = parser.add_subcommands(dest="subcommand")
-    train_parser = ArgumentParser(description="Train a draft, or go on with a run. Works under torchrun.")
+    train_parser = ArgumentParser(
+        allow_abbrev=False, description="Train a draft, or go on with a run. Works under torchrun."
+    )
     train_parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     train_parser.add_class_arguments(RunConfig, as_group=False)
-    demo_parser = ArgumentParser(description="Make a small target, train a draft on it, stop, resume; offline.")
+    demo_parser = ArgumentParser(
+        allow_abbrev=False, description="Make a small target, train a draft on it, stop, resume; offline."
+    )
     demo_parser.add_class_arguments(DemoConfig, as_group=False)
     parsers = {"train": train_parser, "demo": demo_parser}
     commands.add_subcommand("train", train_parser, help="train a draft")

@@ -1,4 +1,4 @@
-"""Step 8: the processes that train together, and what they exchange."""
+"""Step 10: the processes that train together, and what they exchange."""
 
 import inspect
 import os

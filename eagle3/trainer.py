@@ -1,4 +1,4 @@
-"""Step 10: the loop: the target's states, an unrolled step of the draft, now and then a log line and a checkpoint."""
+"""Step 12: the loop: the target's states, an unrolled step of the draft, now and then a log line and a checkpoint."""
 
 import json
 import logging
