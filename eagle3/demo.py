@@ -82,7 +82,7 @@ def _train(settings: list[Any], *, stop_at: str | None = None) -> None:
     threads = max(1, (os.cpu_count() or 1) // NUM_PROCESSES)
     process = subprocess.Popen(
         [*command, "-m", "eagle3", "train", *map(str, settings)],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,
     )
