@@ -4,14 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test quick lint types wheel-test setup clean
+.PHONY: demo test slow quick lint types wheel-test setup clean
 
 demo: setup
 	rm -rf $(DEMO)
 	$(BIN)/eagle3 demo --out $(DEMO)
 
 test: setup
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
 
 quick: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not dist"
@@ -30,7 +33,7 @@ wheel-test: setup
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[test]"
-	HYPOTHESIS_PROFILE=ci build/wheel/venv/bin/python -P -m pytest -n 2 -o pythonpath=tests
+	HYPOTHESIS_PROFILE=ci build/wheel/venv/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
 
 setup: $(VENV)/ready
 

@@ -114,8 +114,8 @@ def _show(console: Console, run: Path, target: Path, *, seconds: float) -> None:
     folder = checkpoints.store.resolve("LATEST")
     checkpoints.store.load(folder, model=draft)
     table = Table(show_header=False, title=f"eagle3 demo, {seconds:.0f} s")
-    table.add_row("weights of the target", str(_plan_of_target(target)))
-    table.add_row("weights of the draft", str(tiepolicy.plan(draft)))
+    table.add_row("weights of the target", _summary(_plan_of_target(target)))
+    table.add_row("weights of the draft", _summary(tiepolicy.plan(draft)))
     table.add_row("loss, first and last", f"{metrics[0]['loss']:.3f}, {metrics[-1]['loss']:.3f}")
     table.add_row("accuracy of each step", "  ".join(f"{share:.2f}" for share in metrics[-1]["accuracy"]))
     table.add_row(
@@ -126,6 +126,16 @@ def _show(console: Console, run: Path, target: Path, *, seconds: float) -> None:
     table.add_row("checkpoint", str(folder))
     table.add_row("metrics", str(run / METRICS))
     console.print(table)
+
+
+def _summary(plan: tiepolicy.TiePlan) -> str:
+    ties = [
+        f"{alias.name} is {group.canonical} {plan.tensors[alias.name].shape}: {alias.reason}"
+        for group in plan.groups
+        for alias in group.aliases
+    ]
+    saved = f"{len(plan.tensors)} tensors, {tiepolicy.format_bytes(plan.bytes_saved)} saved by ties"
+    return "\n".join([saved, *ties, *(f"refused: {refusal}" for refusal in plan.refused)])
 
 
 def _plan_of_target(target: Path) -> tiepolicy.TiePlan:

@@ -30,14 +30,14 @@ def world(tmp_path_factory):
     return make_target(folder / "target", tokenizer, vocab_size=600, tie_word_embeddings=True), conversations
 
 
-def config_of(world, out, *, draft_vocab_size=96, epochs=2, **checkpoint):
+def config_of(world, out, *, draft_vocab_size=96, epochs=2, log_every=1, **checkpoint):
     return RunConfig(
         out=str(out),
         target=TargetConfig(model=str(world[0])),
         data=DataConfig(train=str(world[1]), max_length=48),
         draft=DraftConfig(vocab_size=draft_vocab_size),
         unroll=UnrollConfig(steps=3),
-        train=TrainConfig(epochs=epochs, batch_size=2, lr=1e-2, log_every=1),
+        train=TrainConfig(epochs=epochs, batch_size=2, lr=1e-2, log_every=log_every),
         checkpoint=CheckpointConfig(**checkpoint),
     )
 
@@ -65,6 +65,17 @@ def test_a_run_stopped_half_way_and_resumed_has_the_losses_and_weights_of_one_th
     assert metrics_of(whole)[3:] == metrics_of(cut)
     expected, actual = weights_of(whole, "epoch_2_step_10"), weights_of(cut, "epoch_2_step_10")
     assert [True] * len(expected) == [torch.equal(expected[name], actual[name]) for name in expected]
+
+
+def test_log_lines_of_a_resumed_run_are_those_of_an_uncut_one_also_when_they_span_steps(world, tmp_path):
+    """A line's mean never reaches over a checkpoint."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(config_of(world, whole, every_steps=3, log_every=4), ALONE)
+    shutil.copytree(whole / "checkpoints" / "epoch_1_step_3", cut / "checkpoints" / "epoch_1_step_3")
+    shutil.copy(whole / "draft_config.json", cut)
+    train(config_of(world, cut, every_steps=3, log_every=4, restore_from="epoch_1_step_3"), ALONE)
+    assert [1, 3, 4, 5, 6, 8, 9, 10] == [entry["step"] for entry in metrics_of(whole)]
+    assert metrics_of(whole)[2:] == metrics_of(cut)
 
 
 def test_training_lowers_the_loss_and_leaves_what_is_frozen_alone(world, tmp_path):
