@@ -1,4 +1,4 @@
-"""Step 7, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 8, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -94,8 +94,11 @@ def _saved(folder: Path, metadata: Metadata) -> TiePlan | dict[str, TensorSpec]:
     manifest = read_manifest(folder)
     if manifest is None:
         return stored
-    if manifest.stored() != stored:
-        different = min(set(manifest.stored().items()) ^ set(stored.items()), key=lambda item: item[0])[0]
+    # An alias that is the whole of its tensor has an entry of its own there; a view has none.
+    views = {alias.name for group in manifest.groups for alias in group.aliases if alias.view is not None}
+    expected = {name: spec for name, spec in manifest.tensors.items() if name not in views}
+    if expected != stored:
+        different = min(set(expected.items()) ^ set(stored.items()), key=lambda item: item[0])[0]
         raise ManifestError(
             f"{folder / MANIFEST} and the metadata beside it disagree about {different}: one of the files was replaced "
             "or edited. Nothing was loaded",

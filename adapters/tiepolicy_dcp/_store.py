@@ -1,4 +1,4 @@
-"""Step 8, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 9, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import os
 from collections.abc import Mapping

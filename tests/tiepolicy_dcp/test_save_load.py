@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import tiepolicy
 import tiepolicy_dcp
@@ -45,6 +46,30 @@ def test_a_tied_tensor_is_written_once(tmp_path):
     assert unique < size["ours"] < 1.05 * unique
     assert 2 * unique < size["plain"]
     assert folder == tmp_path / "ours"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_dcp_finds_both_names_of_what_was_written_once(tmp_path, tied):
+    """Into a tied and into an untied model, by code that knows nothing of ties."""
+    model = TiedPair(vocab_size=4096)
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=model)
+    assert (folder / "__0_0.distcp").stat().st_size < 1.1 * model.embed_tokens.weight.nbytes
+    plain = TiedPair(tied=tied, vocab_size=4096)
+    state = {"model": plain.state_dict()}
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.load(state, checkpoint_id=folder)
+    plain.load_state_dict(state["model"])
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    assert torch.equal(model.lm_head.weight, plain.embed_tokens.weight)
+
+
+def test_torchs_own_converter_finds_both_names(tmp_path):
+    model = TiedPair()
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=model)
+    dcp_to_torch_save(folder, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {EMBED, HEAD} == set(loaded["model"])
+    assert torch.equal(model.lm_head.weight, loaded["model"][HEAD])
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path):
