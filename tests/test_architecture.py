@@ -22,7 +22,7 @@ FLOW = {
     "tiepolicy": """errors _facts _observe _claims _verdicts _evidence _groups _values _table _manifest _plan
         hookspecs _rules _policy _reconcile __init__""",
     "tiepolicy_hf": "_plugin __init__",
-    "tiepolicy_dcp": "errors _ranks _folder _reader _writer _state _extra _save _load _store __init__",
+    "tiepolicy_dcp": "errors _ranks _folder _digests _reader _writer _state _extra _save _load _store __init__",
     "eagle3": """errors config data vocab target teacher draft attention loss unroll parallel checkpoint trainer
         embedded
         demo cli __main__ __init__""",

@@ -1,4 +1,4 @@
-"""Step 7, saving: plan, agree, write, flush, publish."""
+"""Step 8, saving: plan, agree, write, flush, publish."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import TiePlan
+from tiepolicy_dcp._digests import FileRecord, measure, write_digests
 from tiepolicy_dcp._extra import write_extra
 from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, unfinished, write_manifest
-from tiepolicy_dcp._ranks import agreed_plan, is_distributed, is_first_rank, on_first_rank
+from tiepolicy_dcp._ranks import agreed_plan, is_distributed, is_first_rank, on_all_ranks, on_first_rank, rank
 from tiepolicy_dcp._state import ModelState, OptimizerState
 from tiepolicy_dcp._writer import AliasWriter
 from tiepolicy_dcp.errors import CheckpointError
@@ -65,7 +66,9 @@ def save(
     try:
         _write_tensors(folder, state, plan)
         whole = _gather(model, plan) if consolidated else None
-        on_first_rank(lambda: _finish(folder, plan, extra, whole))
+        of_ranks = on_all_ranks(lambda: measure(unfinished(folder).glob(f"__{rank()}_*")))
+        records = {name: record for of_rank in of_ranks for name, record in of_rank.items()}
+        on_first_rank(lambda: _finish(folder, plan, extra, whole, records))
     except (CheckpointException, OSError, ValueError) as error:
         if is_first_rank():
             discard(folder)
@@ -108,8 +111,13 @@ def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
 
 
 def _finish(
-    folder: Path, plan: TiePlan, extra: Mapping[str, Any] | None, whole: Mapping[str, torch.Tensor] | None
+    folder: Path,
+    plan: TiePlan,
+    extra: Mapping[str, Any] | None,
+    whole: Mapping[str, torch.Tensor] | None,
+    records: Mapping[str, FileRecord],
 ) -> None:
+    """Write what rank 0 writes alone, and publish; `records` describes the files that all ranks wrote."""
     target = unfinished(folder)
     write_manifest(target, plan)
     write_extra(target, extra or {})
@@ -117,6 +125,8 @@ def _finish(
         tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
         save_file(tensors, target / CONSOLIDATED, metadata={"format": "pt"})
         flush_file(target / CONSOLIDATED)
+    own = measure(path for path in target.iterdir() if path.name not in records)
+    write_digests(target, {**records, **own})
     publish(folder)
 
 

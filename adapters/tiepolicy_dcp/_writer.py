@@ -1,4 +1,4 @@
-"""Step 4, writing once and naming twice: an alias gets an entry in DCP's metadata that points to the canonical bytes.
+"""Step 5, writing once and naming twice: an alias gets an entry in DCP's metadata that points to the canonical bytes.
 
 So a plain `dcp.load` or `dcp_to_torch_save`, which knows nothing of ties, finds every name, at no extra byte.
 """
