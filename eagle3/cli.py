@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
+from transformers.utils import logging as transformers_logging
 
 from eagle3.config import RunConfig
 from eagle3.demo import DemoConfig, run_demo
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, commands = _make_parser()
     parsed = parser.parse_args(arguments)
     command = parsed.subcommand
+    # Bars that end within a second, once per process, only hide the lines that matter.
+    transformers_logging.disable_progress_bar()
     try:
         settings: Namespace = commands[command].instantiate(parsed[command])
         values = {key: value for key, value in vars(settings).items() if key != "config"}

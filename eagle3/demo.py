@@ -113,7 +113,8 @@ def _show(console: Console, run: Path, target: Path, *, seconds: float) -> None:
     checkpoints = RunCheckpoints(run, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
     folder = checkpoints.store.resolve("LATEST")
     checkpoints.store.load(folder, model=draft)
-    table = Table(show_header=False, title=f"eagle3 demo, {seconds:.0f} s")
+    table = Table("", "", show_header=False, title=f"eagle3 demo, {seconds:.0f} s")
+    table.columns[1].overflow = "fold"  # paths are there to be copied
     table.add_row("weights of the target", _summary(_plan_of_target(target)))
     table.add_row("weights of the draft", _summary(tiepolicy.plan(draft)))
     table.add_row("loss, first and last", f"{metrics[0]['loss']:.3f}, {metrics[-1]['loss']:.3f}")
