@@ -80,23 +80,23 @@ def _train(settings: list[Any], *, stop_at: str | None = None) -> None:
     """Run `eagle3 train` under torchrun and show its lines; stop it when a line contains `stop_at`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
     threads = max(1, (os.cpu_count() or 1) // NUM_PROCESSES)
-    process = subprocess.Popen(
+    lines = []
+    with subprocess.Popen(
         [*command, "-m", "eagle3", "train", *map(str, settings)],
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        sys.stderr.write(line)
-        if stop_at is not None and stop_at in line:
-            # torchrun hands the signal on to the processes it started; killed, it would leave them training.
-            process.send_signal(signal.SIGTERM)
-            process.communicate()
-            return
-    if process.wait() != 0:
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            sys.stderr.write(line)
+            if stop_at is not None and stop_at in line:
+                # torchrun hands the signal on to the processes it started; killed, it would leave them training.
+                process.send_signal(signal.SIGTERM)
+                process.communicate()
+                return
+    if process.returncode != 0:
         raise Eagle3Error(f"A training process of the demo failed:\n{''.join(lines[-20:])}")
 
 
