@@ -5,16 +5,18 @@ Format: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 
 from tiepolicy._facts import TensorSpec
 from tiepolicy._paths import METADATA, member
 from tiepolicy.errors import CheckpointError, UntrustedCheckpointError
+
+_MAX_SIZE = 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +93,7 @@ def parse_sharded_metadata(folder: Path) -> ShardedMetadata:
     return known
 
 
-class _Sealed(type):
-    """A class that a pickle cannot change; `BUILD` sets attributes on whatever it is given."""
-
-    def __setattr__(cls, name: str, value: object) -> NoReturn:
-        raise UntrustedCheckpointError(f"its metadata changes {cls.__name__}.{name}, which no tensor needs")
-
-
-class _Record(metaclass=_Sealed):
+class _Record:
     """Keeps what a pickle says about an object, and does nothing with it."""
 
     args: tuple[Any, ...]
@@ -106,15 +101,12 @@ class _Record(metaclass=_Sealed):
 
     def __new__(cls, *args: Any) -> Self:
         record = super().__new__(cls)
-        record.__dict__.update(args=args, state=None)
+        record.args, record.state = args, None
         return record
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__["state"] = state
 
 
 def _record(name: str) -> type:
-    return _Sealed(name, (_Record,), {})
+    return type(name, (_Record,), {})
 
 
 _METADATA_RECORD = _record("Metadata")
@@ -145,8 +137,34 @@ _ALLOWED: dict[tuple[str, str], type] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# What a pickle is written with that these need: numbers, strings, tuples, lists, dicts, and records of them.
+_OPCODES = (
+    "PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
+    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT GLOBAL STACK_GLOBAL REDUCE NEWOBJ"
+)
+
+
+def _refuse(_unpickler: object) -> NoReturn:
+    raise UntrustedCheckpointError("its metadata uses a part of pickle that no tensor needs")
+
+
+class _Unpickler(pickle._Unpickler):  # noqa: SLF001 - the one in C has no table of opcodes to take from
+    """Python's own, without most opcodes and without names of anything but records.
+
+    The one in C takes a third of the time, but allocates whatever a file of few bytes asks it to: 64 GB for one PUT.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict.fromkeys(range(256), _refuse) | {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]  # noqa: SLF001 - as above
+        for name in _OPCODES.split()
+    }
+
     def find_class(self, module: str, name: str) -> Any:
+        """A record, a dtype, or an error."""
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         # Not `getattr`, which would import what torch loads on demand.
@@ -154,8 +172,30 @@ class _Unpickler(pickle.Unpickler):
             return vars(torch)[name]
         raise UntrustedCheckpointError(f"its metadata asks for {module}.{name}, which no tensor needs")
 
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise UntrustedCheckpointError(f"its metadata asks for the outside object {pid!r}, which no tensor needs")
+    def set_items(self) -> None:
+        """SETITEMS, for keys whose hash takes no time: that of nested tuples can take forever."""
+        items = self.pop_mark()
+        self._set(items[::2], items[1::2])
+
+    def set_item(self) -> None:
+        """SETITEM, likewise."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key], [value])
+
+    def _set(self, keys: Sequence[Any], values: Sequence[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or not all(isinstance(key, str | _Record) for key in keys):
+            raise TypeError("an entry that has no string or record for a key")
+        target.update(zip(keys, values, strict=True))
+
+    def build(self) -> None:
+        """BUILD, for records only."""
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _Record):
+            raise UntrustedCheckpointError(f"its metadata changes a {type(self.stack[-1]).__name__}")
+        self.stack[-1].state = state
+
+    dispatch |= {pickle.SETITEMS[0]: set_items, pickle.SETITEM[0]: set_item, pickle.BUILD[0]: build}
 
 
 def _metadata(fields: dict[str, Any]) -> ShardedMetadata:
@@ -163,7 +203,7 @@ def _metadata(fields: dict[str, Any]) -> ShardedMetadata:
     objects: list[str] = []
     for name, entry in fields["state_dict_metadata"].items():
         if not isinstance(name, str):
-            raise TypeError(f"the name {name!r} is no string")
+            raise TypeError("a name that is no string")
         if isinstance(entry, _OBJECT_RECORD):
             objects.append(name)
         else:
@@ -175,7 +215,7 @@ def _metadata(fields: dict[str, Any]) -> ShardedMetadata:
 def _tensor(name: str, fields: dict[str, Any]) -> ChunkedTensor:
     dtype = fields["properties"].state[0]
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name} has the dtype {dtype!r}")
+        raise TypeError(f"{name} has no dtype")
     spec = TensorSpec(_sizes(fields["size"]), dtype)
     chunks = tuple((_sizes(_fields(c)["offsets"]), _sizes(_fields(c)["sizes"])) for c in fields["chunks"])
     if any(len(offsets) != len(spec.shape) or len(sizes) != len(spec.shape) for offsets, sizes in chunks):
@@ -187,7 +227,7 @@ def _place(index: dict[str, Any], info: dict[str, Any]) -> Place:
     name, file, hint, offset = index["fqn"], info["relative_path"], index.get("index"), index.get("offset")
     transforms = tuple(info.get("transform_descriptors") or ())
     if not all(isinstance(text, str) for text in (name, file, *transforms)):
-        raise TypeError(f"the place of {name!r} is not made of strings")
+        raise TypeError("the place of a tensor is not made of strings")
     start, length = _sizes((info["offset"], info["length"]))
     return Place(
         name=name,
@@ -207,6 +247,6 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{values!r} are no sizes")
+    if not isinstance(values, tuple) or not all(type(value) is int and 0 <= value < _MAX_SIZE for value in values):
+        raise ValueError("sizes that are no numbers of this machine")
     return values
