@@ -121,10 +121,9 @@ def show_plugins(plugins: Iterable[Plugin]) -> str:
     """One line for each hook of each plugin."""
     rows = [("plugin", "module", "hook", "distribution", "version")]
     for plugin in plugins:
-        first = (plugin.name, plugin.module)
-        for hook in plugin.hooks or ("none",):
-            rows.append((*first, hook, plugin.distribution, plugin.version) if any(first) else ("", "", hook, "", ""))
-            first = ("", "")
+        for position, hook in enumerate(plugin.hooks or ("none",)):
+            row = (plugin.name, plugin.module, hook, plugin.distribution, plugin.version)
+            rows.append(row if position == 0 else ("", "", hook, "", ""))
     return _columns(rows)
 
 
