@@ -1,4 +1,4 @@
-"""Step 9: all that a run needs to go on, saved and restored through the tie policy."""
+"""Step 11: all that a run needs to go on, saved and restored through the tie policy."""
 
 import json
 import logging

@@ -1,10 +1,11 @@
-"""Step 13: the command line."""
+"""Step 15: the command line."""
 
 import logging
 import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
+from transformers.utils import logging as transformers_logging
 
 from eagle3.config import RunConfig
 from eagle3.demo import DemoConfig, run_demo
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, commands = _make_parser()
     parsed = parser.parse_args(arguments)
     command = parsed.subcommand
+    # Bars that end within a second, once per process, only hide the lines that matter.
+    transformers_logging.disable_progress_bar()
     try:
         settings: Namespace = commands[command].instantiate(parsed[command])
         values = {key: value for key, value in vars(settings).items() if key != "config"}
@@ -52,12 +55,18 @@ def _train(config: RunConfig, ranks: Ranks) -> int:
 
 
 def _make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    parser = ArgumentParser(prog="eagle3", description="Trains EAGLE-3 drafts of transformers models.")
+    parser = ArgumentParser(
+        prog="eagle3", allow_abbrev=False, description="Trains EAGLE-3 drafts of transformers models."
+    )
     commands = parser.add_subcommands(dest="subcommand")
-    train_parser = ArgumentParser(description="Train a draft, or go on with a run. Works under torchrun.")
+    train_parser = ArgumentParser(
+        allow_abbrev=False, description="Train a draft, or go on with a run. Works under torchrun."
+    )
     train_parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
     train_parser.add_class_arguments(RunConfig, as_group=False)
-    demo_parser = ArgumentParser(description="Make a small target, train a draft on it, stop, resume; offline.")
+    demo_parser = ArgumentParser(
+        allow_abbrev=False, description="Make a small target, train a draft on it, stop, resume; offline."
+    )
     demo_parser.add_class_arguments(DemoConfig, as_group=False)
     parsers = {"train": train_parser, "demo": demo_parser}
     commands.add_subcommand("train", train_parser, help="train a draft")

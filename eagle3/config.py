@@ -1,4 +1,4 @@
-"""Settings of a run: one frozen tree, typed, checked when it is built, read from YAML and dotted options."""
+"""Step 1: settings of a run: one frozen tree, typed, checked when it is built, read from YAML and dotted options."""
 
 from dataclasses import dataclass, field
 from typing import Literal

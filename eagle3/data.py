@@ -1,4 +1,4 @@
-"""Step 1: conversation files become token ids, the mask of what the assistant wrote, and the batches of a run.
+"""Step 2: conversation files become token ids, the mask of what the assistant wrote, and the batches of a run.
 
 Shape suffixes: B batch, T tokens.
 """
@@ -220,7 +220,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, num_messages: int | None = None, **options: bool
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, num_messages: int | None = None, **options: Any
 ) -> Any:
     messages = [{"role": message.role, "content": message.content} for message in conversation.messages[:num_messages]]
     try:

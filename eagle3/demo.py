@@ -1,4 +1,4 @@
-"""Step 12: the whole path in minutes: make a target, train a draft on it, stop the run, resume it, look."""
+"""Step 14: the whole path in minutes: make a target, train a draft on it, stop the run, resume it, look."""
 
 import json
 import logging
@@ -82,7 +82,7 @@ def _train(settings: list[Any], *, stop_at: str | None = None) -> None:
     threads = max(1, (os.cpu_count() or 1) // NUM_PROCESSES)
     process = subprocess.Popen(
         [*command, "-m", "eagle3", "train", *map(str, settings)],
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -113,9 +113,10 @@ def _show(console: Console, run: Path, target: Path, *, seconds: float) -> None:
     checkpoints = RunCheckpoints(run, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
     folder = checkpoints.store.resolve("LATEST")
     checkpoints.store.load(folder, model=draft)
-    table = Table(show_header=False, title=f"eagle3 demo, {seconds:.0f} s")
-    table.add_row("weights of the target", str(_plan_of_target(target)))
-    table.add_row("weights of the draft", str(tiepolicy.plan(draft)))
+    table = Table("", "", show_header=False, title=f"eagle3 demo, {seconds:.0f} s")
+    table.columns[1].overflow = "fold"  # paths are there to be copied
+    table.add_row("weights of the target", _summary(_plan_of_target(target)))
+    table.add_row("weights of the draft", _summary(tiepolicy.plan(draft)))
     table.add_row("loss, first and last", f"{metrics[0]['loss']:.3f}, {metrics[-1]['loss']:.3f}")
     table.add_row("accuracy of each step", "  ".join(f"{share:.2f}" for share in metrics[-1]["accuracy"]))
     table.add_row(
@@ -126,6 +127,16 @@ def _show(console: Console, run: Path, target: Path, *, seconds: float) -> None:
     table.add_row("checkpoint", str(folder))
     table.add_row("metrics", str(run / METRICS))
     console.print(table)
+
+
+def _summary(plan: tiepolicy.TiePlan) -> str:
+    ties = [
+        f"{alias.name} is {group.canonical} {plan.tensors[alias.name].shape}: {alias.reason}"
+        for group in plan.groups
+        for alias in group.aliases
+    ]
+    saved = f"{len(plan.tensors)} tensors, {tiepolicy.format_bytes(plan.bytes_saved)} saved by ties"
+    return "\n".join([saved, *ties, *(f"refused: {refusal}" for refusal in plan.refused)])
 
 
 def _plan_of_target(target: Path) -> tiepolicy.TiePlan:

@@ -1,4 +1,4 @@
-"""The demo's world, made on the spot: templated conversations, and a small tied target that was taught them."""
+"""Step 13: the demo's world, made on the spot: templated conversations, and a small tied target taught on them."""
 
 import itertools
 import json
@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -284,7 +285,7 @@ def write_embedded_target(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer))
-        pad_id = tokenizer.pad_token_id
+        pad_id: Any = tokenizer.pad_token_id
         loss_before, _ = _measure(model, data, pad_id=pad_id)
         _teach_(model, data, seed=seed, num_steps=num_steps, pad_id=pad_id)
         loss_after, accuracy = _measure(model, data, pad_id=pad_id)
@@ -322,6 +323,8 @@ def _train_tokenizer(conversations: list[Conversation], *, vocab_size: int) -> P
 
 
 def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    end: Any = tokenizer.eos_token_id
+    padding: Any = tokenizer.pad_token_id
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -333,8 +336,8 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         tie_word_embeddings=True,
         initializer_range=0.04,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end,
+        pad_token_id=padding,
     )
 
 

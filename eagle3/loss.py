@@ -1,4 +1,4 @@
-"""Scores the draft's states against the teacher: soft cross-entropy without kept logits, and counts of agreement.
+"""Step 8: scores the draft's states against the teacher: soft cross-entropy without kept logits, and counts.
 
 Shape suffixes: P (row, step) pairs, D draft vocabulary, H draft hidden, M teacher rows, S unroll steps, N rows.
 """

@@ -1,4 +1,4 @@
-"""Step 8: the processes that train together, and what they exchange."""
+"""Step 10: the processes that train together, and what they exchange."""
 
 import inspect
 import os
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from eagle3.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -57,9 +59,18 @@ def joined() -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did; leave them at the end of the block.
 
     Uses one GPU per process and NCCL where there are GPUs, else the CPU and gloo.
+
+    Raises:
+        ConfigError: If there are more processes than GPUs.
     """
     has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if has_gpu and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"Process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. Start "
+            'one process per GPU, or train on the CPU with CUDA_VISIBLE_DEVICES="".'
+        )
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:

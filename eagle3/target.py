@@ -1,4 +1,4 @@
-"""Step 3: the frozen target, and the hidden states that it hands to the draft.
+"""Step 4: the frozen target, and the hidden states that it hands to the draft.
 
 Shape suffixes: B batch, T tokens, V target vocabulary, E target hidden, A = 3E.
 """
@@ -70,7 +70,8 @@ class FrozenTarget:
         self.decoder: nn.Module = model.get_decoder()
         self.decoder_layers = _find_layers(self.decoder, num_layers=self.config.num_hidden_layers)
         self.layer_ids = _choose_layers(len(self.decoder_layers), layers=layers)
-        self.embedding_VE: torch.Tensor = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings()
+        self.embedding_VE: torch.Tensor = embedding.weight
         self.vocab_size: int = self.embedding_VE.shape[0]
         if len(tokenizer) > self.vocab_size:
             raise TargetError(
@@ -107,11 +108,12 @@ class FrozenTarget:
         except _LOAD_ERRORS as error:
             raise TargetError(_unreadable(folder_or_name, part="tokenizer", error=error)) from error
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder_or_name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
         except _LOAD_ERRORS as error:
             raise TargetError(_unreadable(folder_or_name, part="model", error=error)) from error
+        model, info = loaded
         if info["missing_keys"]:
             # transformers fills them with random numbers and says so only in its log.
             raise TargetError(

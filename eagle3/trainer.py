@@ -1,4 +1,4 @@
-"""Step 10: the loop: the target's states, an unrolled step of the draft, now and then a log line and a checkpoint."""
+"""Step 12: the loop: the target's states, an unrolled step of the draft, now and then a log line and a checkpoint."""
 
 import json
 import logging
@@ -108,8 +108,8 @@ class _Run:
         replicated = self.ranks.replicate(unroll)
         while progress.epoch < config.train.epochs:
             for batch in self._batches():
-                self._step(replicated, batch)
-                self._save_if_due()
+                lr = self._step(replicated, batch)
+                self._log_and_save_if_due(lr)
 
     def _make_draft(self) -> Draft:
         """A new draft on the run's device, or for a resumed run one with the config it was started with."""
@@ -146,8 +146,12 @@ class _Run:
         start = progress.num_seen // size
         return batches(self.data, order=self.order, epoch=progress.epoch, start_step=start, pad_id=0)
 
-    def _step(self, replicated: nn.Module, batch: Batch) -> None:
-        """One optimizer step: the loss is one sum over the pairs of all processes, divided by their one count."""
+    def _step(self, replicated: nn.Module, batch: Batch) -> float:
+        """One optimizer step: the loss is one sum over the pairs of all processes, divided by their one count.
+
+        Returns:
+            The learning rate of the step.
+        """
         progress, device = self.state.progress, self.ranks.device
         input_ids_BT, loss_mask_BT = batch.input_ids_BT.to(device), batch.loss_mask_BT.to(device)
         features = self.target.features(input_ids_BT)
@@ -169,15 +173,18 @@ class _Run:
         progress.step += 1
         progress.num_seen += self.config.train.batch_size * self.ranks.world_size
         self.metrics.add(loss_sum, weight_sum, result.counts, batch.input_ids_BT.numel())
-        if progress.step % self.config.train.log_every == 0 or progress.step in (1, self.num_steps):
-            self.metrics.log(epoch=progress.epoch + 1, step=progress.step, num_steps=self.num_steps, lr=lr)
+        return lr
 
-    def _save_if_due(self) -> None:
+    def _log_and_save_if_due(self, lr: float) -> None:
         progress, every = self.state.progress, self.config.checkpoint.every_steps
         epoch_ends = progress.num_seen >= len(self.data.examples)
+        saves = epoch_ends or (every is not None and progress.step % every == 0)
+        # Also before a save: a line's means then never reach over a place where a run may be resumed.
+        if saves or progress.step == 1 or progress.step % self.config.train.log_every == 0:
+            self.metrics.log(epoch=progress.epoch + 1, step=progress.step, num_steps=self.num_steps, lr=lr)
         if epoch_ends:
             progress.epoch, progress.num_seen = progress.epoch + 1, 0
-        if epoch_ends or (every is not None and progress.step % every == 0):
+        if saves:
             self.checkpoints.save(self.state, consolidated=self.config.checkpoint.save_consolidated)
 
     def _lr_factor(self, step: int) -> float:

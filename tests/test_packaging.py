@@ -1,6 +1,7 @@
 """The wheel: what it claims, and that what it publishes is found."""
 
 import email
+import re
 import subprocess
 import sys
 import tomllib
@@ -74,3 +75,9 @@ def test_the_pins_fulfil_what_the_package_asks_for():
     }
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert asked - {"tiepolicy"} <= pinned
+
+
+def test_every_line_of_the_constraints_pins_a_released_version():
+    """A path, or a build for one kind of machine, would fail elsewhere."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert [] == [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*(\.post\d+)?", line)]

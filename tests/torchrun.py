@@ -18,6 +18,8 @@ def torchrun(*arguments: str | Path, num_processes: int, timeout: float = 240) -
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": "1",
+        # More processes than GPUs is the rule here.
+        "CUDA_VISIBLE_DEVICES": "",
     }
     return subprocess.run(
         [*command, *map(str, arguments)],

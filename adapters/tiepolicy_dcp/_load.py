@@ -1,4 +1,4 @@
-"""Step 7, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 9, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 import tiepolicy
 from tiepolicy import Action, ActionKind, TensorSpec, TiePlan, first_difference, reconcile, view_of
 from tiepolicy.errors import ManifestError, MissingTensorError, ShapeMismatchError, TieConflictError
+from tiepolicy_dcp._digests import Verify, check_files, read_digests
 from tiepolicy_dcp._extra import read_extra
 from tiepolicy_dcp._folder import MANIFEST, read_manifest
-from tiepolicy_dcp._ranks import agreed_plan, is_distributed, on_all_ranks
+from tiepolicy_dcp._ranks import agreed_plan, is_distributed, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import SafeReader, TensorLoadPlanner, read_metadata
 from tiepolicy_dcp._state import ModelState, OptimizerState
 from tiepolicy_dcp.errors import CheckpointError
@@ -35,18 +36,25 @@ class Restored:
 
 
 def load(
-    folder: str | Path, *, model: nn.Module, optimizer: Optimizer | None = None, plan: TiePlan | None = None
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    plan: TiePlan | None = None,
+    verify: Verify = "full",
 ) -> Restored:
     """Read a checkpoint into a live model and optimizer. Called by all ranks, or by a single process.
 
     Works at another world size and into a model with other ties than were saved. Everything that can be known from
-    the metadata is checked before the first tensor is read. Runs no code from the checkpoint.
+    the metadata, and every file's digest, is checked before the first tensor is read. Runs no code from the checkpoint.
 
     Args:
         folder: A checkpoint written by `save`, or a folder of plain DCP whose model lies under `model.`.
         model: What to load into, already materialised and sharded.
         optimizer: Its optimizer, to load as well.
         plan: The model's plan; made by the default policy if not given.
+        verify: What to check of the files: size and digest, "size" only, or nothing, which is "off". Ranks share the
+            work.
 
     Raises:
         MissingTensorError: If nothing in the checkpoint holds a tensor of the model or its optimizer state.
@@ -65,6 +73,8 @@ def load(
     wanted = {} if optimizer_state is None else optimizer_state.state_dict()
 
     def check() -> tuple[list[Action], dict[str, Any]]:
+        records = {} if verify == "off" else read_digests(folder)
+        check_files(folder, records, sorted(records)[rank() :: num_ranks()], verify=verify)
         metadata = read_metadata(folder)
         actions = reconcile(plan, _saved(folder, metadata))
         _check_optimizer(wanted, _specs(metadata, "optimizer."))
@@ -94,8 +104,11 @@ def _saved(folder: Path, metadata: Metadata) -> TiePlan | dict[str, TensorSpec]:
     manifest = read_manifest(folder)
     if manifest is None:
         return stored
-    if manifest.stored() != stored:
-        different = min(set(manifest.stored().items()) ^ set(stored.items()), key=lambda item: item[0])[0]
+    # An alias that is the whole of its tensor has an entry of its own there; a view has none.
+    views = {alias.name for group in manifest.groups for alias in group.aliases if alias.view is not None}
+    expected = {name: spec for name, spec in manifest.tensors.items() if name not in views}
+    if expected != stored:
+        different = min(set(expected.items()) ^ set(stored.items()), key=lambda item: item[0])[0]
         raise ManifestError(
             f"{folder / MANIFEST} and the metadata beside it disagree about {different}: one of the files was replaced "
             "or edited. Nothing was loaded",

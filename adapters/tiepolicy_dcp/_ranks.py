@@ -16,9 +16,19 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def rank() -> int:
+    """The number of this process, 0 if it is alone."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def num_ranks() -> int:
+    """How many processes save and load together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def is_first_rank() -> bool:
     """Whether this rank does what is done once: folders, manifests, pointers."""
-    return not is_distributed() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def on_all_ranks(step: Callable[[], T]) -> list[T]:

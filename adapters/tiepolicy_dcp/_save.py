@@ -1,4 +1,4 @@
-"""Step 6, saving: plan, agree, write, flush, publish."""
+"""Step 8, saving: plan, agree, write, flush, publish."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,17 +9,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import TiePlan
+from tiepolicy_dcp._digests import FileRecord, measure, write_digests
 from tiepolicy_dcp._extra import write_extra
 from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, unfinished, write_manifest
-from tiepolicy_dcp._ranks import agreed_plan, is_distributed, is_first_rank, on_first_rank
+from tiepolicy_dcp._ranks import agreed_plan, is_distributed, is_first_rank, on_all_ranks, on_first_rank, rank
 from tiepolicy_dcp._state import ModelState, OptimizerState
+from tiepolicy_dcp._writer import AliasWriter
 from tiepolicy_dcp.errors import CheckpointError
 
 #: File of a checkpoint with the whole model as other tools read it.
@@ -38,7 +39,8 @@ def save(
     """Write a checkpoint. Called by all ranks of the default process group, or by a single process without one.
 
     The folder appears under its name only when it is whole and flushed; a save that fails or is killed leaves nothing
-    there. Each tied tensor is written once, and the plan lies beside DCP's metadata as `manifest.json`.
+    there. Each tied tensor is written once and found under all its names; the plan lies beside DCP's metadata, as
+    `manifest.json`.
 
     Args:
         folder: A name that does not exist yet.
@@ -62,9 +64,11 @@ def save(
     state = _state(model, optimizer, plan)
     on_first_rank(lambda: prepare(folder))
     try:
-        _write_tensors(folder, state)
+        _write_tensors(folder, state, plan)
         whole = _gather(model, plan) if consolidated else None
-        on_first_rank(lambda: _finish(folder, plan, extra, whole))
+        of_ranks = on_all_ranks(lambda: measure(unfinished(folder).glob(f"__{rank()}_*")))
+        records = {name: record for of_rank in of_ranks for name, record in of_rank.items()}
+        on_first_rank(lambda: _finish(folder, plan, extra, whole, records))
     except (CheckpointException, OSError, ValueError) as error:
         if is_first_rank():
             discard(folder)
@@ -72,12 +76,11 @@ def save(
     return folder
 
 
-def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict[str, torch.Tensor]:
-    state = {f"model.{name}": value for name, value in ModelState(model, plan=plan).state_dict().items()}
+def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict[str, dict[str, torch.Tensor]]:
+    state = {"model": ModelState(model, plan=plan).state_dict()}
     if optimizer is not None:
-        of_optimizer = OptimizerState(model, optimizer, plan=plan).state_dict()
-        state |= {f"optimizer.{name}": value for name, value in of_optimizer.items()}
-    for name, value in state.items():
+        state["optimizer"] = OptimizerState(model, optimizer, plan=plan).state_dict()
+    for name, value in state["model"].items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
                 f"{name} is a {type(value).__name__}; only tensors are saved, since reading anything else back would "
@@ -86,13 +89,18 @@ def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict
     return state
 
 
-def _write_tensors(folder: Path, state: dict[str, torch.Tensor]) -> None:
+def _write_tensors(folder: Path, state: dict[str, dict[str, torch.Tensor]], plan: TiePlan) -> None:
+    aliases = {
+        f"model.{alias.name}": f"model.{group.canonical}"
+        for group in plan.groups
+        for alias in plan.whole_aliases(group.canonical)
+        if group.canonical in state["model"]
+    }
     with warnings.catch_warnings():
         # One process is a supported way to save, not an accident worth a warning.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp_save(
-            state, storage_writer=FileSystemWriter(unfinished(folder), sync_files=True), no_dist=not is_distributed()
-        )
+        writer = AliasWriter(unfinished(folder), aliases)
+        dcp_save(state, storage_writer=writer, no_dist=not is_distributed())
 
 
 def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
@@ -103,8 +111,13 @@ def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
 
 
 def _finish(
-    folder: Path, plan: TiePlan, extra: Mapping[str, Any] | None, whole: Mapping[str, torch.Tensor] | None
+    folder: Path,
+    plan: TiePlan,
+    extra: Mapping[str, Any] | None,
+    whole: Mapping[str, torch.Tensor] | None,
+    records: Mapping[str, FileRecord],
 ) -> None:
+    """Write what rank 0 writes alone, and publish; `records` describes the files that all ranks wrote."""
     target = unfinished(folder)
     write_manifest(target, plan)
     write_extra(target, extra or {})
@@ -112,6 +125,8 @@ def _finish(
         tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
         save_file(tensors, target / CONSOLIDATED, metadata={"format": "pt"})
         flush_file(target / CONSOLIDATED)
+    own = measure(path for path in target.iterdir() if path.name not in records)
+    write_digests(target, {**records, **own})
     publish(folder)
 
 

@@ -1,4 +1,4 @@
-"""Step 8, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 10, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import os
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tiepolicy import TiePlan
+from tiepolicy_dcp._digests import Verify
 from tiepolicy_dcp._folder import flush_folder, write_text
 from tiepolicy_dcp._load import Restored, load
 from tiepolicy_dcp._ranks import on_first_rank
@@ -61,9 +62,10 @@ class CheckpointStore:
         model: nn.Module,
         optimizer: Optimizer | None = None,
         plan: TiePlan | None = None,
+        verify: Verify = "full",
     ) -> Restored:
         """Read what `resolve` finds, as `tiepolicy_dcp.load` does."""
-        return load(self.resolve(reference), model=model, optimizer=optimizer, plan=plan)
+        return load(self.resolve(reference), model=model, optimizer=optimizer, plan=plan, verify=verify)
 
     def names(self) -> list[str]:
         """The whole checkpoints under the root, sorted by name."""

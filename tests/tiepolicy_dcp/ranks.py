@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,6 +38,16 @@ def load_sharded(folder: Path) -> None:
     tied = model.lm_head.weight is model.embed_tokens.weight
     if dist.get_rank() == 0:
         print("losses", losses, "step", restored.extra["step"], "tied", tied)
+
+
+def load_sharded_with_plain_dcp(folder: Path) -> None:
+    model = fully_shard(TiedPair(tied=False, vocab_size=13), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=folder)
+    names = ("embed_tokens.weight", "lm_head.weight")
+    embed, head = (state["model"][name].full_tensor() for name in names)
+    if dist.get_rank() == 0:
+        print("equal", torch.equal(embed, head), "sum", embed.double().sum().item())
 
 
 def save_with_other_plans(folder: Path) -> None:

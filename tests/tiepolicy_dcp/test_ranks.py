@@ -37,6 +37,9 @@ def test_a_sharded_tie_is_written_once_and_loads_at_any_world_size(tmp_path):
     shown = [float(loss) for loss in output.split("losses [")[1].split("]")[0].split(",")]
     assert pytest.approx(losses, abs=1e-5) == shown
     assert "step 2 tied True" in output
+    plain = run("load_sharded_with_plain_dcp", folder, num_processes=3)
+    stored = load_file(folder / "model.safetensors")["embed_tokens.weight"]
+    assert f"equal True sum {stored.double().sum().item()}" in plain
 
 
 def test_ranks_with_different_plans_all_stop_with_one_sentence_before_anything_is_written(tmp_path):

@@ -1,5 +1,6 @@
 """One process saves and loads: each tied tensor once, into any model that can hold it, and nothing half done."""
 
+import json
 import os
 import pickle
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import tiepolicy
 import tiepolicy_dcp
@@ -45,6 +47,30 @@ def test_a_tied_tensor_is_written_once(tmp_path):
     assert unique < size["ours"] < 1.05 * unique
     assert 2 * unique < size["plain"]
     assert folder == tmp_path / "ours"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_dcp_finds_both_names_of_what_was_written_once(tmp_path, tied):
+    """Into a tied and into an untied model, by code that knows nothing of ties."""
+    model = TiedPair(vocab_size=4096)
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=model)
+    assert (folder / "__0_0.distcp").stat().st_size < 1.1 * model.embed_tokens.weight.nbytes
+    plain = TiedPair(tied=tied, vocab_size=4096)
+    state = {"model": plain.state_dict()}
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.load(state, checkpoint_id=folder)
+    plain.load_state_dict(state["model"])
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    assert torch.equal(model.lm_head.weight, plain.embed_tokens.weight)
+
+
+def test_torchs_own_converter_finds_both_names(tmp_path):
+    model = TiedPair()
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=model)
+    dcp_to_torch_save(folder, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {EMBED, HEAD} == set(loaded["model"])
+    assert torch.equal(model.lm_head.weight, loaded["model"][HEAD])
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path):
@@ -259,8 +285,10 @@ def test_an_edited_manifest_is_noticed(tmp_path):
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(tied=False))
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace(HEAD, "lm_tail.weight"))
-    with pytest.raises(ManifestError, match="disagree about lm_head.weight"):
+    with pytest.raises(CheckpointError, match="manifest.json does not hold what was written"):
         tiepolicy_dcp.load(folder, model=TiedPair(tied=False))
+    with pytest.raises(ManifestError, match="disagree about lm_head.weight"):
+        tiepolicy_dcp.load(folder, model=TiedPair(tied=False), verify="off")
 
 
 def test_a_lost_data_file_is_named_before_the_model_is_touched(tmp_path):
@@ -274,8 +302,55 @@ def test_a_cut_data_file_is_an_error(tmp_path):
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
     data = folder / "__0_0.distcp"
     os.truncate(data, data.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match="could not be read"):
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp has \d+ bytes, but \d+ were written"):
         tiepolicy_dcp.load(folder, model=TiedPair())
+    with pytest.raises(CheckpointError, match="could not be read"):
+        tiepolicy_dcp.load(folder, model=TiedPair(), verify="off")
+
+
+@pytest.mark.parametrize(
+    "name", [".metadata", "__0_0.distcp", "extra.json", "extra.safetensors", "manifest.json", "model.safetensors"]
+)
+def test_one_flipped_bit_in_any_file_is_found_before_the_model_is_touched(tmp_path, name):
+    extra = {"rng": torch.get_rng_state()}
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(), extra=extra, consolidated=True)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (folder / name).write_bytes(content)
+    model = TiedPair()
+    before = model.lm_head.weight.clone()
+    with pytest.raises(CheckpointError, match=f"{name} does not hold what was written: its digest differs"):
+        tiepolicy_dcp.load(folder, model=model)
+    assert torch.equal(before, model.lm_head.weight)
+
+
+def test_every_file_of_a_checkpoint_has_a_digest(tmp_path):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(), consolidated=True)
+    described = set(json.loads((folder / "digests.json").read_text())["files"])
+    assert {path.name for path in folder.iterdir()} == described | {"digests.json"}
+
+
+def test_lost_or_damaged_digests_are_an_error_unless_nothing_is_to_be_checked(tmp_path):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    (folder / "digests.json").write_text('{"algorithm": "crc1", "files": {}}')
+    with pytest.raises(CheckpointError, match="digests.json has the unknown algorithm 'crc1'"):
+        tiepolicy_dcp.load(folder, model=TiedPair())
+    (folder / "digests.json").write_text('{"algorithm": "xxh3_128", "files": {".metadata": 3}}')
+    with pytest.raises(CheckpointError, match="digests.json is damaged"):
+        tiepolicy_dcp.load(folder, model=TiedPair())
+    (folder / "digests.json").unlink()
+    with pytest.raises(CheckpointError, match="digests.json is missing: a part of the checkpoint was lost"):
+        tiepolicy_dcp.load(folder, model=TiedPair())
+    tiepolicy_dcp.load(folder, model=TiedPair(), verify="off")
+
+
+def test_sizes_alone_do_not_find_a_changed_byte(tmp_path):
+    """What `verify="size"` gives up for its speed."""
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("same-object", "same-0bject"))
+    with pytest.raises(ManifestError, match="'same-0bject' is not a valid Reason"):
+        tiepolicy_dcp.load(folder, model=TiedPair(), verify="size")
 
 
 class Payload:
@@ -292,7 +367,7 @@ def test_metadata_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
     (folder / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
     with pytest.raises(UntrustedCheckpointError, match="asks for posix.mkdir, which no tensor needs"):
-        tiepolicy_dcp.load(folder, model=TiedPair())
+        tiepolicy_dcp.load(folder, model=TiedPair(), verify="off")
     assert not (tmp_path / "pwned").exists()
 
 
@@ -312,7 +387,7 @@ def test_a_file_outside_the_checkpoint_is_not_opened(tmp_path):
     outside = bytes([0x8C, len("../other/__0_0.distcp")]) + b"../other/__0_0.distcp"
     (folder / ".metadata").write_bytes(rebuilt(metadata, inside, outside))
     with pytest.raises(UntrustedCheckpointError, match="'../other/__0_0.distcp', a file outside the checkpoint"):
-        tiepolicy_dcp.load(folder, model=TiedPair())
+        tiepolicy_dcp.load(folder, model=TiedPair(), verify="off")
 
 
 def rebuilt(metadata, old, new):

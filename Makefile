@@ -1,0 +1,48 @@
+# Everything here sets itself up: on a fresh machine with Python 3.11+, `make demo` or `make test` is the only command.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.PHONY: demo test slow quick lint types wheel-test setup clean
+
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/eagle3 demo --out $(DEMO)
+
+test: setup
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+quick: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow and not dist"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+# The tests once more, against the built wheel in an environment that does not see this folder's packages.
+wheel-test: setup
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[test]"
+	HYPOTHESIS_PROFILE=ci build/wheel/venv/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

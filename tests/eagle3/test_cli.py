@@ -1,0 +1,69 @@
+"""The command line: settings from files and options, and one sentence for what is wrong with them."""
+
+import pytest
+
+from eagle3.cli import main
+from eagle3_targets import make_target, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer, conversations = make_world(folder, num_conversations=4)
+    return make_target(folder / "target", tokenizer, vocab_size=600, tie_word_embeddings=True), conversations
+
+
+def train_arguments(world, out, *options):
+    target, conversations = world
+    given = ("train", "--out", out, "--target.model", target, "--data.train", conversations, *options)
+    return [str(argument) for argument in given]
+
+
+def test_options_win_over_the_file(world, tmp_path, capfd):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"out: {tmp_path / 'run'}\ntarget:\n  model: {world[0]}\ndata:\n  train: {world[1]}\n  max_length: 40\n"
+        "draft:\n  vocab_size: 64\nunroll:\n  steps: 2\ntrain:\n  epochs: 3\n"
+    )
+    assert 0 == main(["train", "--config", str(config), "--train.epochs", "1", "--draft.vocab_size", "96"])
+    output = capfd.readouterr().err
+    assert "Draft vocabulary: 96 of 600 tokens" in output
+    assert "Training starts: epochs 1," in output
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--target.model", "nowhere"],
+            "The tokenizer of the target nowhere cannot be loaded. There is no such folder",
+        ),
+        (["--data.train", "nowhere.jsonl"], "nowhere.jsonl cannot be read: No such file or directory"),
+        (["--draft.vocab_size", "601"], "draft.vocab_size is 601, but it must be at least"),
+        (["--draft.vocab_size", "0"], "draft.vocab_size is too small: it must be above 0"),
+        (["--target.layers", "[3,2,1]"], "target.layers is [3, 2, 1], but it must be three ascending ids"),
+        (["--train.warmup_ratio", "1.5"], "train.warmup_ratio is 1.5, but must be at least 0 and below 1"),
+        (["--data.max_length", "1"], "data.max_length is too small: it must be at least 2"),
+        (["--checkpoint.restore_from", "LATEST"], "draft_config.json cannot be read"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(world, tmp_path, capfd, options, sentence):
+    assert 2 == main(train_arguments(world, tmp_path / "run", *options))
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("eagle3: error: ")
+    assert sentence in last
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--train.epoch", "3"], "train.epoch"),
+        (["--train.epochs", "many"], "train.epochs"),
+        (["--checkpoint.save_consolidated", "perhaps"], "checkpoint.save_consolidated"),
+    ],
+)
+def test_unknown_and_mistyped_settings_are_refused(world, tmp_path, capfd, options, words):
+    with pytest.raises(SystemExit) as caught:
+        main(train_arguments(world, tmp_path / "run", *options))
+    assert (2, True) == (caught.value.code, words in capfd.readouterr().err)

@@ -1,0 +1,34 @@
+"""The demonstration, whole."""
+
+import re
+
+import pytest
+
+from eagle3.cli import main
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_demo_makes_a_target_trains_a_draft_resumes_it_and_shows_what_came_out(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    out = tmp_path / "demo"
+    assert 0 == main(["demo", "--out", str(out)])
+    output = capfd.readouterr()
+    lines = {
+        cells[0].strip(): cells[1].strip()
+        for cells in re.findall(r"^\W (.{23}) \W (.*?) *\W$", output.out, re.MULTILINE)
+    }
+    first, last = map(float, lines["loss, first and last"].split(", "))
+    accept_length = float(lines["simulated accept length"].split(" of ")[0])
+    assert last < first / 2
+    assert 1.0 < accept_length <= 6
+    assert 6 == len(lines["accuracy of each step"].split())
+    assert "lm_head.weight is model.embed_tokens.weight" in output.out
+    assert "refused: lm_head.weight (512, 128) and embed_tokens.weight" in output.out
+    assert f"Resuming from checkpoint: {out}/run/checkpoints/epoch_1_step_50" in output.err
+    assert f"Saved checkpoint to {out}/run/checkpoints/epoch_2_step_100" in output.err
+
+
+def test_the_demo_does_not_write_into_a_folder_that_exists(tmp_path, capfd):
+    assert 2 == main(["demo", "--out", str(tmp_path)])
+    assert f"{tmp_path} exists already; choose another --out, or delete it." in capfd.readouterr().err

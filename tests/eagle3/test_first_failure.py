@@ -1,0 +1,111 @@
+"""The run that failed, through the real command line: a shrunken head under an inherited flag is saved and resumed."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tiepolicy_dcp
+from eagle3.checkpoint import read_draft_config
+from eagle3.draft import Draft
+from eagle3_targets import make_target, make_world
+from torchrun import torchrun
+
+pytestmark = pytest.mark.dist
+
+VOCAB_SIZE = 128256
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Four conversations: two steps of one epoch in two processes."""
+    return make_world(tmp_path_factory.mktemp("world"), num_conversations=4)
+
+
+def eagle3(target, world, out, *options):
+    result = torchrun(
+        *("-m", "eagle3", "train", "--out", out, "--target.model", target, "--data.train", world[1]),
+        *("--data.max_length", 256, "--unroll.steps", 2, "--train.epochs", 1, "--checkpoint.save_consolidated"),
+        *("false", *options),
+        num_processes=2,
+    )
+    assert 0 == result.returncode, result.stdout
+    return result.stdout
+
+
+def saved_head(out):
+    """The head as a fresh draft reads it from the checkpoint."""
+    draft = Draft(read_draft_config(out))
+    tiepolicy_dcp.load(out / "checkpoints" / "epoch_1_step_2", model=draft)
+    return draft.lm_head.weight.detach()
+
+
+def lines_of(output, *patterns):
+    """For each pattern, whether a line of the output has it."""
+    return [re.search(pattern, output) is not None for pattern in patterns]
+
+
+@pytest.mark.parametrize(
+    ("tied", "draft_vocab_size"),
+    [(True, 8192), (False, 8192), (True, None)],
+    ids=["tied", "untied", "whole vocabulary"],
+)
+def test_a_draft_is_trained_saved_and_resumed(world, tmp_path, tied, draft_vocab_size):
+    target = make_target(tmp_path / "target", world[0], vocab_size=VOCAB_SIZE, tie_word_embeddings=tied)
+    assert tied is json.loads((target / "config.json").read_text())["tie_word_embeddings"]
+    assert tied is ("lm_head.weight" not in load_file(target / "model.safetensors"))
+    out = tmp_path / "run"
+    size = "null" if draft_vocab_size is None else str(draft_vocab_size)
+
+    output = eagle3(target, world, out, "--draft.vocab_size", size)
+    assert [True] * 5 == lines_of(
+        output,
+        "Training starts: epochs 1, batches per epoch 2, steps 2, warm-up steps 1, peak learning rate 0.0001",
+        r"epoch 1 step 1/2: loss \d+\.\d{4}, accuracy \d\.\d{3} \d\.\d{3}, accept length",
+        r"epoch 1 step 2/2: loss",
+        rf"Saved checkpoint to {out}/checkpoints/epoch_1_step_2\n",
+        rf"Draft vocabulary: {draft_vocab_size or VOCAB_SIZE} of {VOCAB_SIZE} tokens",
+    )
+    head = saved_head(out)
+    assert (draft_vocab_size or VOCAB_SIZE, 32) == tuple(head.shape)
+
+    output = eagle3(target, world, out, "--draft.vocab_size", size, "--checkpoint.restore_from", "LATEST")
+    assert [True] * 2 == lines_of(
+        output,
+        rf"Resuming from checkpoint: {out}/checkpoints/epoch_1_step_2\n",
+        r"All 1 epochs already completed; nothing to do\.",
+    )
+    assert torch.equal(head, saved_head(out))
+    embedding = AutoModelForCausalLM.from_pretrained(target).get_input_embeddings().weight
+    assert not torch.equal(head, embedding[: len(head)])
+
+
+def test_a_flag_forced_back_to_true_is_refused_for_the_shapes_and_the_head_is_kept(world, tmp_path):
+    target = make_target(tmp_path / "target", world[0], vocab_size=VOCAB_SIZE, tie_word_embeddings=True)
+    out = tmp_path / "run"
+    eagle3(target, world, out, "--draft.vocab_size", "8192")
+    head = saved_head(out)
+    config = json.loads((out / "draft_config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    (out / "draft_config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+    output = eagle3(
+        target, world, out, "--draft.vocab_size", "8192", "--train.epochs", 2, "--checkpoint.restore_from", "LATEST"
+    )
+    assert [True] * 4 == lines_of(
+        output,
+        rf"Resuming from checkpoint: {out}/checkpoints/epoch_1_step_2\n",
+        r"lm_head.weight \(8192, 32\) and embed_tokens.weight \(128256, 32\) cannot be one tensor: shapes differ; "
+        r"claimed by config.tie_word_embeddings",
+        "epoch 2 step 4/4: loss",
+        rf"Saved checkpoint to {out}/checkpoints/epoch_2_step_4\n",
+    )
+    draft = Draft(read_draft_config(out))
+    tiepolicy_dcp.load(out / "checkpoints" / "epoch_1_step_2", model=draft)
+    assert torch.equal(head, draft.lm_head.weight)
+    tiepolicy_dcp.load(out / "checkpoints" / "epoch_2_step_4", model=draft)
+    assert (8192, 32) == tuple(draft.lm_head.weight.shape)
+    assert not torch.equal(head, draft.lm_head.weight)

@@ -1,0 +1,187 @@
+"""A run: what it writes, and that a stopped one goes on as if it had not been."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiepolicy_dcp
+from eagle3.checkpoint import read_draft_config
+from eagle3.config import CheckpointConfig, DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
+from eagle3.draft import Draft
+from eagle3.errors import CheckpointError, DraftError
+from eagle3.parallel import Ranks
+from eagle3.trainer import train
+from eagle3_targets import make_target, make_world
+from tiepolicy.errors import ShapeMismatchError
+from torchrun import torchrun
+
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A target and ten conversations."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer, conversations = make_world(folder, num_conversations=10)
+    return make_target(folder / "target", tokenizer, vocab_size=600, tie_word_embeddings=True), conversations
+
+
+def config_of(world, out, *, draft_vocab_size=96, epochs=2, log_every=1, **checkpoint):
+    return RunConfig(
+        out=str(out),
+        target=TargetConfig(model=str(world[0])),
+        data=DataConfig(train=str(world[1]), max_length=48),
+        draft=DraftConfig(vocab_size=draft_vocab_size),
+        unroll=UnrollConfig(steps=3),
+        train=TrainConfig(epochs=epochs, batch_size=2, lr=1e-2, log_every=log_every),
+        checkpoint=CheckpointConfig(**checkpoint),
+    )
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(out, name):
+    draft = Draft(read_draft_config(out))
+    tiepolicy_dcp.load(out / "checkpoints" / name, model=draft)
+    return draft.state_dict()
+
+
+def test_a_run_stopped_half_way_and_resumed_has_the_losses_and_weights_of_one_that_was_not(world, tmp_path):
+    """Stopped within an epoch: the second run starts from a checkpoint of the first and takes the rest of its steps."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(config_of(world, whole, every_steps=3), ALONE)
+    shutil.copytree(whole / "checkpoints" / "epoch_1_step_3", cut / "checkpoints" / "epoch_1_step_3")
+    shutil.copy(whole / "draft_config.json", cut)
+    torch.manual_seed(12345)
+    train(config_of(world, cut, every_steps=3, restore_from="epoch_1_step_3"), ALONE)
+
+    assert list(range(1, 11)) == [entry["step"] for entry in metrics_of(whole)]
+    assert metrics_of(whole)[3:] == metrics_of(cut)
+    expected, actual = weights_of(whole, "epoch_2_step_10"), weights_of(cut, "epoch_2_step_10")
+    assert [True] * len(expected) == [torch.equal(expected[name], actual[name]) for name in expected]
+
+
+def test_log_lines_of_a_resumed_run_are_those_of_an_uncut_one_also_when_they_span_steps(world, tmp_path):
+    """A line's mean never reaches over a checkpoint."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(config_of(world, whole, every_steps=3, log_every=4), ALONE)
+    shutil.copytree(whole / "checkpoints" / "epoch_1_step_3", cut / "checkpoints" / "epoch_1_step_3")
+    shutil.copy(whole / "draft_config.json", cut)
+    train(config_of(world, cut, every_steps=3, log_every=4, restore_from="epoch_1_step_3"), ALONE)
+    assert [1, 3, 4, 5, 6, 8, 9, 10] == [entry["step"] for entry in metrics_of(whole)]
+    assert metrics_of(whole)[2:] == metrics_of(cut)
+
+
+def test_training_lowers_the_loss_and_leaves_what_is_frozen_alone(world, tmp_path):
+    train(config_of(world, tmp_path / "run", epochs=4), ALONE)
+    losses = [entry["loss"] for entry in metrics_of(tmp_path / "run")]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    target = load_file(world[0] / "model.safetensors")
+    state = weights_of(tmp_path / "run", "epoch_4_step_20")
+    assert torch.equal(target["model.embed_tokens.weight"], state["embed_tokens.weight"])
+
+
+def test_a_resumed_run_keeps_the_vocabulary_it_was_started_with(world, tmp_path):
+    train(config_of(world, tmp_path / "run", epochs=1), ALONE)
+    before = weights_of(tmp_path / "run", "epoch_1_step_5")
+    train(config_of(world, tmp_path / "run", epochs=2, restore_from="LATEST", draft_vocab_size=7), ALONE)
+    after = weights_of(tmp_path / "run", "epoch_2_step_10")
+    assert [True, True] == [torch.equal(before[name], after[name]) for name in ("d2t", "t2d")]
+    assert 96 == int(after["t2d"].sum())
+
+
+def test_lines_of_steps_that_are_taken_again_are_replaced(world, tmp_path):
+    train(config_of(world, tmp_path / "run", epochs=1, every_steps=2), ALONE)
+    before = metrics_of(tmp_path / "run")
+    for name in ("epoch_1_step_4", "epoch_1_step_5"):
+        (tmp_path / "run" / "checkpoints" / name).rename(tmp_path / name)
+    train(config_of(world, tmp_path / "run", epochs=1, every_steps=2, restore_from="epoch_1_step_2"), ALONE)
+    assert before == metrics_of(tmp_path / "run")
+
+
+def test_a_consolidated_checkpoint_holds_the_draft_under_the_names_that_engines_read(world, tmp_path):
+    train(config_of(world, tmp_path / "run", epochs=1, save_consolidated=True), ALONE)
+    tensors = load_file(tmp_path / "run" / "checkpoints" / "epoch_1_step_5" / "model.safetensors")
+    state = weights_of(tmp_path / "run", "epoch_1_step_5")
+    assert set(state) == set(tensors)
+    assert (96, 32) == tuple(tensors["lm_head.weight"].shape)
+    assert [True] * len(state) == [torch.equal(state[name], tensors[name]) for name in state]
+
+
+def test_a_folder_with_checkpoints_is_not_started_over(world, tmp_path):
+    train(config_of(world, tmp_path / "run", epochs=1), ALONE)
+    with pytest.raises(
+        CheckpointError, match="already holds a run, with the checkpoints epoch_1_step_5. Go on from it"
+    ):
+        train(config_of(world, tmp_path / "run", epochs=1), ALONE)
+
+
+def test_other_data_than_the_checkpoint_was_trained_on_is_noticed(world, tmp_path):
+    config = config_of(world, tmp_path / "run", epochs=1)
+    train(config, ALONE)
+    resumed = config_of(world, tmp_path / "run", epochs=2, restore_from="LATEST")
+    other = dataclasses.replace(resumed, data=dataclasses.replace(config.data, max_length=40))
+    with pytest.raises(CheckpointError, match="was trained on other data than this run has"):
+        train(other, ALONE)
+
+
+def test_the_draft_config_of_another_run_is_noticed(world, tmp_path):
+    train(config_of(world, tmp_path / "run", epochs=1), ALONE)
+    path = tmp_path / "run" / "draft_config.json"
+    path.write_text(path.read_text().replace('"draft_vocab_size": 96', '"draft_vocab_size": 64'))
+    with pytest.raises(ShapeMismatchError, match=r"(d2t|lm_head.weight) has shape \(96"):
+        train(config_of(world, tmp_path / "run", epochs=2, restore_from="LATEST"), ALONE)
+    path.unlink()
+    with pytest.raises(DraftError, match="A run is resumed with the --out it was started with"):
+        train(config_of(world, tmp_path / "run", epochs=2, restore_from="LATEST"), ALONE)
+
+
+def test_a_place_in_the_data_that_the_batch_size_cannot_reach_is_an_error(world, tmp_path):
+    config = config_of(world, tmp_path / "run", epochs=1, every_steps=2)
+    train(config, ALONE)
+    resumed = config_of(world, tmp_path / "run", epochs=1, restore_from="epoch_1_step_2")
+    other = dataclasses.replace(resumed, train=dataclasses.replace(config.train, batch_size=3))
+    with pytest.raises(CheckpointError, match="stopped after 4 conversations of an epoch, which steps of 3"):
+        train(other, ALONE)
+
+
+@pytest.mark.dist
+def test_two_processes_learn_what_one_does(world, tmp_path):
+    """One global sum over one global count: the split over processes changes only the order of additions."""
+    train(config_of(world, tmp_path / "one", epochs=1), ALONE)
+    options = ["--data.max_length", 48, "--draft.vocab_size", 96, "--unroll.steps", 3, "--train.lr", 1e-2]
+    result = torchrun(
+        *("-m", "eagle3", "train", "--out", tmp_path / "two", "--target.model", world[0], "--data.train", world[1]),
+        *(*options, "--train.batch_size", 1, "--train.log_every", 1),
+        num_processes=2,
+    )
+    assert 0 == result.returncode, result.stdout
+    expected, actual = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert [pytest.approx(entry["loss"], rel=1e-4) for entry in expected] == [entry["loss"] for entry in actual]
+    assert [entry["accept_length"] for entry in expected[:1]] == [entry["accept_length"] for entry in actual[:1]]
+
+
+@pytest.mark.dist
+def test_two_processes_resume_with_the_losses_of_an_uncut_run(world, tmp_path):
+    def run(out, *options):
+        result = torchrun(
+            *("-m", "eagle3", "train", "--out", out, "--target.model", world[0], "--data.train", world[1]),
+            *("--data.max_length", 48, "--draft.vocab_size", 96, "--unroll.steps", 3, "--train.lr", 1e-2),
+            *("--train.log_every", 1, "--train.epochs", 2, "--checkpoint.every_steps", 3, *options),
+            num_processes=2,
+        )
+        assert 0 == result.returncode, result.stdout
+
+    run(tmp_path / "whole")
+    whole = metrics_of(tmp_path / "whole")
+    for path in (tmp_path / "whole" / "checkpoints").iterdir():
+        if path.is_dir() and path.name != "epoch_1_step_3":
+            path.rename(tmp_path / path.name)
+    run(tmp_path / "whole", "--checkpoint.restore_from", "epoch_1_step_3")
+    assert whole == metrics_of(tmp_path / "whole")

@@ -1,0 +1,36 @@
+"""What the documents show is what happens."""
+
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_first_example_of_the_readme_prints_what_it_shows(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    code, output = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", readme, re.DOTALL).groups()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert output == result.stdout
+
+
+def test_the_file_tree_of_the_readme_names_every_module_of_the_core():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme.split("## Files")[1]
+    missing = [path.name for path in (ROOT / "tiepolicy").glob("*.py") if path.name not in tree]
+    assert [] == sorted(set(missing) - {"__init__.py"})
+
+
+@pytest.mark.parametrize("module", ["tiepolicy"])
+def test_examples_in_docstrings_run(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert (0, True) == (results.failed, results.attempted > 0)
