@@ -10,8 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "plugin"
 
-pytestmark = pytest.mark.slow
-
 
 def python(*arguments, site):
     """Run Python with the installed example and this library on its path."""

@@ -1,4 +1,4 @@
-"""Step 23, `python -m tiepolicy`: the commands of `tiepolicy`."""
+"""Step 24, `python -m tiepolicy`: the commands of `tiepolicy`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Step 22, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 23, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import os
@@ -92,8 +92,8 @@ def _print(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tiepolicy",
-        description="Look at checkpoints and at which of their names are one tensor. Reads headers, never weights, and "
-        "runs nothing that a checkpoint holds.",
+        description="Look at checkpoints and at which of their names are one tensor. Runs nothing that a checkpoint "
+        "holds.",
         epilog=_EPILOG,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -1,4 +1,4 @@
-"""Step 21, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
+"""Step 22, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
 
 import json
 import textwrap
@@ -8,6 +8,7 @@ from typing import Any
 
 from tiepolicy._contents import Contents
 from tiepolicy._diff import Difference
+from tiepolicy._digests import DIGESTS
 from tiepolicy._groups import RefusedClaim
 from tiepolicy._plugins import Plugin
 from tiepolicy._table import columns, count, format_bytes
@@ -108,8 +109,12 @@ def difference_values(a: Path, b: Path, differences: Sequence[Difference]) -> di
 def show_problems(path: Path, problems: Sequence[str]) -> str:
     """One sentence for each problem."""
     if not problems:
-        return sentence(f"{path}: nothing wrong. The values of the tensors were not read")
+        return sentence(f"{path}: nothing wrong{_unread(path)}")
     return "\n".join([sentence(f"{path}: {count(len(problems), 'problem')}"), *_indented(problems)])
+
+
+def _unread(path: Path) -> str:
+    return "" if (path / DIGESTS).exists() else ". No digests were recorded, so the values of tensors were not checked"
 
 
 def problem_values(path: Path, problems: Sequence[str]) -> dict[str, Any]:

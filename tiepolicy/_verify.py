@@ -1,4 +1,4 @@
-"""Step 18, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
+"""Step 19, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
 
 import functools
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tiepolicy._contents import MODEL_PREFIX, index_file, plain, read_contents, read_index, read_plan, weight_files
+from tiepolicy._digests import digest_problems
 from tiepolicy._paths import MANIFEST, METADATA, member
 from tiepolicy._plan import TiePlan
 from tiepolicy._safetensors import Header, read_header
@@ -25,10 +26,13 @@ _Value = TypeVar("_Value")
 def find_problems(path: Path) -> list[str]:
     """What is wrong with a checkpoint, as sentences; empty if nothing is.
 
-    Holds headers against sizes of files, the index against the files, the manifest against the contents, and every
-    path against the folder. Reads no tensor, so a flipped bit inside one is not found.
+    Holds headers against sizes of files, the index against the files, the manifest against the contents, every path
+    against the folder, and every file against its digest if one was recorded. Without digests no tensor is read, and a
+    flipped bit inside one is not found.
     """
     problems: list[str] = []
+    if path.is_dir():
+        _collect(problems, lambda: problems.extend(digest_problems(path)))
     if not path.is_dir():
         _collect(problems, lambda: read_contents(path))
     elif (path / METADATA).exists():

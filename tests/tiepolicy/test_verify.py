@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 
 import pytest
 import torch
@@ -241,15 +242,48 @@ def test_each_damage_of_a_dcp_folder_is_named(tmp_path, damage, expected):
 def test_one_range_of_bytes_under_two_names_is_no_damage(tmp_path):
     """A tied tensor may be written once and named twice, for loaders that know nothing of manifests."""
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    contents = read_contents(folder)
+    assert [f"model.{EMBED}", f"model.{HEAD}"] == list(contents.tensors)
+    assert ([], 192) == (find_problems(folder), contents.nbytes)
 
-    def name_twice(metadata):
-        (index,) = metadata.storage_data
-        twin = type(index)(f"model.{HEAD}", index.offset, index.index)
-        metadata.storage_data[twin] = metadata.storage_data[index]
-        metadata.state_dict_metadata[f"model.{HEAD}"] = tensor_of(metadata)
 
-    change_metadata(name_twice)(folder)
-    assert ([], 192) == (find_problems(folder), read_contents(folder).nbytes)
+def flip_a_bit(folder):
+    data = bytearray((folder / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "__0_0.distcp").write_bytes(data)
+
+
+def edit_digests(change):
+    def damage(folder):
+        content = json.loads((folder / "digests.json").read_text())
+        change(content)
+        (folder / "digests.json").write_text(json.dumps(content))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (flip_a_bit, "__0_0.distcp does not hold what was written: its digest differs"),
+        (lambda folder: os.truncate(folder / "extra.json", 0), "extra.json has 0 bytes, but 2 were written"),
+        (edit_digests(lambda c: c.update(algorithm="md4")), "has the unknown algorithm 'md4'"),
+        (edit_digests(lambda c: c.update(files=[])), "its files are no object of names with size and digest"),
+        (edit_digests(lambda c: c["files"].update(x=[1])), "its files are no object"),
+        (edit_digests(lambda c: c["files"].update({"../x": [1, ""]})), "points to '../x', a file outside"),
+    ],
+)
+def test_recorded_digests_are_checked(tmp_path, damage, expected):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    damage(folder)
+    assert [True] == [expected in problem for problem in find_problems(folder)], find_problems(folder)
+
+
+def test_digests_that_cannot_be_checked_are_a_problem_and_say_what_to_install(tmp_path, monkeypatch):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    expected = "digests.json were not checked: they need xxhash, pip install 'tiepolicy[dcp]'"
+    assert [True] == [problem.endswith(expected) for problem in find_problems(folder)]
 
 
 @pytest.mark.parametrize(
