@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tiepolicy.testing import FlaggedPair as FlaggedPair
+
 
 class TiedPair(nn.Module):
     """An embedding and a head that are one parameter, or not."""
@@ -27,33 +29,6 @@ class HeadFirst(TiedPair):
         embed_tokens, lm_head = self.embed_tokens, self.lm_head
         del self.embed_tokens, self.lm_head
         self.lm_head, self.embed_tokens = lm_head, embed_tokens
-
-
-class Config:
-    """A config with the one flag that claims."""
-
-    def __init__(self, *, tie_word_embeddings: bool) -> None:
-        self.tie_word_embeddings = tie_word_embeddings
-
-
-class FlaggedPair(nn.Module):
-    """The model of the first failure: a flag, an embedding, and a head whose rows and memory are their own."""
-
-    def __init__(
-        self, *, flag: bool, vocab_size: int, draft_vocab_size: int, hidden_size: int, tied: bool = False
-    ) -> None:
-        super().__init__()
-        self.config = Config(tie_word_embeddings=flag)
-        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
-        self.lm_head = nn.Linear(hidden_size, draft_vocab_size, bias=False)
-        if tied:
-            self.lm_head.weight = self.embed_tokens.weight
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
 
 def tiny_llama(*, tie_word_embeddings: bool, vocab_size: int = 96, hidden_size: int = 16) -> LlamaForCausalLM:

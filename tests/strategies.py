@@ -1,28 +1,17 @@
-"""Hypothesis strategies for models and state dicts, small ones first."""
+"""Hypothesis strategies for the tests: those that plugin authors get, and a few that only these tests need."""
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
 
-from models import FlaggedPair, TiedPair
+from models import FlaggedPair
+from tiepolicy.testing import FIELD_VOCAB_SIZES as FIELD_VOCAB_SIZES
+from tiepolicy.testing import dtypes as dtypes
+from tiepolicy.testing import nested_models as tied_modules
+from tiepolicy.testing import small_sizes as small_sizes
+from tiepolicy.testing import state_dicts as view_dicts
+from tiepolicy.testing import vocab_sizes as vocab_sizes
 
-#: Sizes of real vocabularies and of the drafts made for them.
-FIELD_VOCAB_SIZES = [8192, 32000, 50257, 128256, 151936, 262144]
-
-
-def vocab_sizes() -> st.SearchStrategy[int]:
-    """Any vocabulary size a model may have; only for tensors without data."""
-    return st.integers(1, 300_000) | st.sampled_from(FIELD_VOCAB_SIZES)
-
-
-def small_sizes() -> st.SearchStrategy[int]:
-    """Sizes small enough for tensors with data, 1 included."""
-    return st.integers(1, 9)
-
-
-def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Types that weights are stored in."""
-    return st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+__all__ = ["FIELD_VOCAB_SIZES", "dtypes", "flagged_pairs", "small_sizes", "tied_modules", "view_dicts", "vocab_sizes"]
 
 
 @st.composite
@@ -41,31 +30,3 @@ def flagged_pairs(draw: st.DrawFn, *, sizes: st.SearchStrategy[int], device: str
             tied=tied,
         )
     return model.to(draw(dtypes()))
-
-
-@st.composite
-def view_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
-    """Mappings with tensors of their own, doubles, and views of every kind, in any order of names."""
-    tensors: list[torch.Tensor] = []
-    for _ in range(draw(st.integers(1, 3))):
-        rows, columns = draw(small_sizes()), draw(small_sizes())
-        base = torch.randn(rows, columns, dtype=draw(dtypes()))
-        tensors.append(base)
-        start = draw(st.integers(0, rows - 1))
-        stop = draw(st.integers(start, rows))
-        views = [base, base.detach(), base.t(), base[start:stop], base[:, : (columns + 1) // 2], base.view(-1)[start:]]
-        tensors += draw(st.lists(st.sampled_from(views), max_size=4))
-    names = draw(st.permutations([f"layer{index}.weight" for index in range(len(tensors))]))
-    return dict(zip(names, tensors, strict=True))
-
-
-@st.composite
-def tied_modules(draw: st.DrawFn) -> nn.Module:
-    """Stacks of tied and untied pairs, some of them nested."""
-    pairs: list[nn.Module] = [
-        TiedPair(tied=draw(st.booleans()), vocab_size=draw(small_sizes()), hidden_size=draw(small_sizes()))
-        for _ in range(draw(st.integers(1, 3)))
-    ]
-    if draw(st.booleans()):
-        pairs.append(pairs[0])
-    return nn.Sequential(*pairs) if draw(st.booleans()) else nn.Sequential(nn.Sequential(*pairs))

@@ -20,7 +20,8 @@ PACKAGES = {
 #: Reading order inside the packages: a module imports only modules that stand before it.
 FLOW = {
     "tiepolicy": """errors _facts _observe _claims _verdicts _evidence _groups _values _table _manifest _plan
-        hookspecs _rules _policy _reconcile __init__""",
+        hookspecs _rules _policy _reconcile _paths _safetensors _unpickling
+        _contents _digests _verify _diff _plugins _inspect _cli __main__ __init__ _cases _laws testing""",
     "tiepolicy_hf": "_plugin __init__",
     "tiepolicy_dcp": "errors _ranks _folder _digests _reader _writer _state _extra _save _load _store __init__",
     "eagle3": """errors config data vocab target teacher draft attention loss unroll parallel checkpoint trainer

@@ -22,6 +22,8 @@ from tiepolicy._reconcile import Action as Action
 from tiepolicy._reconcile import ActionKind as ActionKind
 from tiepolicy._reconcile import reconcile as reconcile
 from tiepolicy._table import format_bytes as format_bytes
+from tiepolicy._unpickling import ChunkedTensor as ChunkedTensor
+from tiepolicy._unpickling import read_sharded_metadata as read_sharded_metadata
 from tiepolicy._values import first_difference as first_difference
 from tiepolicy._values import view_of as view_of
 from tiepolicy._verdicts import Decision as Decision

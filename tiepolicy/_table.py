@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import RefusedClaim, TieGroup
 
+#: Characters below which a column is not shortened.
+_MIN_COLUMN = 8
+
 
 def render(
     tensors: Mapping[str, TensorSpec],
@@ -14,12 +17,12 @@ def render(
     bytes_saved: int,
 ) -> str:
     """The groups with what each saves, then every refused claim as a sentence."""
-    counts = f"{_count(len(tensors), 'tensor')}, {_count(len(groups), 'tied group')}"
-    parts = [f"{counts} ({format_bytes(bytes_saved)} saved), {_count(len(refused), 'claim')} refused"]
+    counts = f"{count(len(tensors), 'tensor')}, {count(len(groups), 'tied group')}"
+    parts = [f"{counts} ({format_bytes(bytes_saved)} saved), {count(len(refused), 'claim')} refused"]
     if groups:
         rows: list[tuple[str, ...]] = [("stored", "also named", "shape", "dtype", "saved", "because")]
         rows += [row for group in groups for row in _rows(group, tensors)]
-        parts.append(_columns(rows))
+        parts.append(columns(rows))
     if refused:
         parts.append("\n".join(["refused", *(f"  {refusal}" for refusal in refused)]))
     return "\n\n".join(parts)
@@ -52,12 +55,24 @@ def _rows(group: TieGroup, tensors: Mapping[str, TensorSpec]) -> list[tuple[str,
     return rows
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+def columns(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str:
+    """Lines of aligned cells; to fit a width, the widest columns are shortened in the middle."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _MIN_COLUMN:
+        widths[widths.index(max(widths))] -= 1
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(_shorten(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )
 
 
-def _count(number: int, noun: str) -> str:
+def _shorten(text: str, width: int) -> str:
+    """The beginning and the end of a text; the end of a name says more than its middle."""
+    if len(text) <= width:
+        return text
+    end = (width - 2) // 2
+    return f"{text[: width - 3 - end]}...{text[len(text) - end :]}"
+
+
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"

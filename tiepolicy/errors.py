@@ -54,3 +54,24 @@ class ManifestError(TiePolicyError):
 
 class PlanMismatchError(TiePolicyError):
     """Ranks that save or load together made different plans."""
+
+
+class CheckpointError(TiePolicyError):
+    """A checkpoint cannot be written, found or read."""
+
+
+class UntrustedCheckpointError(CheckpointError):
+    """A checkpoint asks for more than reading tensors: to run code, or to open files outside its folder."""
+
+
+class BrokenLawError(AssertionError):
+    """A plugin breaks a law that every plugin keeps; raised by `tiepolicy.testing.check_plugin` only.
+
+    Args:
+        message: Which plugin breaks which law, how, and with which model.
+        law: The law, as a sentence.
+    """
+
+    def __init__(self, message: str, *, law: str) -> None:
+        super().__init__(message)
+        self.law = law

@@ -1,54 +1,25 @@
 """Step 4, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
 import io
-import pathlib
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
-from tiepolicy_dcp._folder import METADATA
-from tiepolicy_dcp.errors import CheckpointError, UntrustedCheckpointError
-
-# All that DCP's metadata of tensors is made of. Its file is a pickle, and a pickle may name any function to call.
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
-    for name in (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-}
-_ALLOWED |= {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-    ("torch", "Size"): torch.Size,
-    # A name of a layout, looked up in a table of torch.
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # noqa: SLF001
-}
-# Where the checkpoint was written, as a path of that machine; Python 3.13 moved the classes.
-_PATH_MODULES = frozenset({"pathlib", "pathlib._local"})
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module in _PATH_MODULES and name in ("PosixPath", "WindowsPath"):
-            return pathlib.PurePath
-        raise UntrustedCheckpointError(f"its metadata asks for {module}.{name}, which no tensor needs")
+from tiepolicy import ChunkedTensor, read_sharded_metadata
+from tiepolicy_dcp.errors import UntrustedCheckpointError
 
 
 class SafeReader(FileSystemReader):
@@ -81,31 +52,28 @@ class TensorLoadPlanner(DefaultLoadPlanner):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """DCP's metadata of a folder, see `SafeReader.read_metadata`."""
-    path = folder / METADATA
-    try:
-        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is no checkpoint: it has no {METADATA} file. A checkpoint whose save was cut has none either; "
-            "load an earlier one"
-        ) from error
-    except UntrustedCheckpointError as error:
-        raise UntrustedCheckpointError(f"{path} is not trusted: {error}. Nothing was loaded") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}. Nothing was loaded") from error
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise CheckpointError(f"{path} is no metadata of a checkpoint. Nothing was loaded")
-    for entry in found.storage_data.values():
-        _check_inside(folder, entry.relative_path)
-    return found
+    """DCP's metadata of a folder, see `SafeReader.read_metadata`.
 
-
-def _check_inside(folder: Path, relative_path: str) -> None:
-    path = folder / relative_path
-    if Path(relative_path).name != relative_path or path.resolve().parent != folder.resolve():
-        raise UntrustedCheckpointError(
-            f"{folder / METADATA} points to {relative_path!r}, a file outside the checkpoint. Nothing was loaded"
+    The pickle becomes plain records first, and only these become DCP's classes.
+    """
+    found = read_sharded_metadata(folder)
+    entries: dict[str, Any] = {name: _tensor_metadata(tensor) for name, tensor in found.tensors.items()}
+    entries |= {name: BytesStorageMetadata() for name in found.objects}
+    storage = {
+        MetadataIndex(place.name, place.offsets, place.index): _StorageInfo(
+            place.file, place.start, place.length, place.transforms or None
         )
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: a part of the checkpoint was lost. Nothing was loaded")
+        for place in found.places
+    }
+    return Metadata(state_dict_metadata=entries, storage_data=storage)
+
+
+def _tensor_metadata(tensor: ChunkedTensor) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=tensor.spec.dtype),
+        size=torch.Size(tensor.spec.shape),
+        chunks=[
+            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+            for offsets, sizes in tensor.chunks
+        ],
+    )

@@ -1,11 +1,4 @@
-"""What can go wrong with a checkpoint folder, beside the errors of `tiepolicy`."""
+"""What can go wrong with a checkpoint folder, beside the other errors of `tiepolicy`."""
 
-from tiepolicy.errors import TiePolicyError
-
-
-class CheckpointError(TiePolicyError):
-    """A checkpoint cannot be written, found or read."""
-
-
-class UntrustedCheckpointError(CheckpointError):
-    """A checkpoint asks for more than reading tensors: to run code, or to open files outside its folder."""
+from tiepolicy.errors import CheckpointError as CheckpointError
+from tiepolicy.errors import UntrustedCheckpointError as UntrustedCheckpointError

@@ -1,0 +1,1 @@
+"""Tie policy for Loom, a framework that ties weights through a registry."""

@@ -1,0 +1,63 @@
+"""The pages on plugins and commands: their code runs, and their output is what it prints."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from tiepolicy._cli import main
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    return BLOCK.findall((ROOT / "docs" / page).read_text())
+
+
+def printed(function):
+    """What a function prints, errors included."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        function()
+    return output.getvalue()
+
+
+def commands(session):
+    """The commands of a console session, each with the output that is shown for it."""
+    return [part.split("\n", maxsplit=1) for part in re.split(r"^\$ ", session, flags=re.MULTILINE) if part]
+
+
+def check_command(command, expected):
+    program, *arguments = command.split()
+    assert "tiepolicy" == program
+    actual = printed(lambda: main(arguments))
+    if arguments != ["plugins"]:
+        assert expected == actual
+        return
+    # More plugins may be installed, and versions change: the rows that are shown are there.
+    shown = [line.split() for line in expected.splitlines()]
+    rows = [line.split() for line in actual.splitlines()]
+    assert [row for row in shown if not any(row == other[: len(row)] for other in rows)] == []
+
+
+@pytest.mark.parametrize("page", ["cli.md", "plugins.md"])
+def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace, output = {}, ""
+    for language, text in blocks(page):
+        if language == "python":
+            output = printed(lambda text=text: exec(compile(text, page, "exec"), namespace))
+        elif language == "text":
+            assert text == output
+        elif language == "console":
+            for command, expected in commands(text):
+                check_command(command, expected)
+
+
+def test_the_entry_point_on_the_page_is_that_of_the_example():
+    shown = [text for language, text in blocks("plugins.md") if language == "toml"]
+    example = (ROOT / "examples" / "plugin" / "pyproject.toml").read_text()
+    assert [True] == [text in example for text in shown]

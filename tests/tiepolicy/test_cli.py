@@ -1,0 +1,229 @@
+"""The commands: what they print, and how they exit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import tiepolicy_dcp
+from models import FlaggedPair, TiedPair
+from tiepolicy import _plugins
+from tiepolicy._cli import main
+from tiepolicy._inspect import WIDTH, printable
+from tiepolicy._table import columns
+
+EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A DCP checkpoint `tied`, another `flagged`, a file and a damaged file, under the working folder."""
+    monkeypatch.chdir(tmp_path)
+    tiepolicy_dcp.save("tied", model=TiedPair())
+    tiepolicy_dcp.save("flagged", model=FlaggedPair(flag=True, vocab_size=12, draft_vocab_size=8, hidden_size=4))
+    save_file({EMBED: torch.zeros(12, 4)}, tmp_path / "file.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = main(arguments)
+    return code, capsys.readouterr().out
+
+
+def test_inspect_shows_what_is_stored_and_what_is_tied(folder, capsys):
+    expected = """\
+tied: DCP folder, 1 tensor of 192 B
+manifest: 1 tied group (192 B saved), 0 claims refused
+
+name                       shape    dtype    size   stored in
+model.embed_tokens.weight  (12, 4)  float32  192 B  __0_0.distcp
+model.lm_head.weight       (12, 4)  float32         = model.embed_tokens.weight (same-object)
+"""
+    assert (0, expected) == run(capsys, "inspect", "tied")
+
+
+def test_inspect_says_why_a_claim_was_refused(folder, capsys):
+    code, text = run(capsys, "inspect", "flagged")
+    assert 0 == code
+    assert text.endswith(
+        "refused\n  lm_head.weight (8, 4) and embed_tokens.weight (12, 4) cannot be one tensor: shapes differ; "
+        "claimed\n    by config.tie_word_embeddings\n"
+    )
+
+
+def test_inspect_gives_programs_everything(folder, capsys):
+    code, text = run(capsys, "inspect", "--json", "flagged")
+    values = json.loads(text)
+    assert (0, "DCP folder", 320, True, []) == (
+        code,
+        values["form"],
+        values["bytes"],
+        values["manifest"],
+        values["groups"],
+    )
+    assert {"shape": [8, 4], "dtype": "float32", "bytes": 128, "files": ["__0_0.distcp"]} == values["tensors"][
+        f"model.{HEAD}"
+    ]
+    assert [([f"model.{EMBED}", f"model.{HEAD}"], "shape-mismatch")] == [
+        (refused["names"], refused["reason"]) for refused in values["refused"]
+    ]
+    groups = json.loads(run(capsys, "inspect", "--json", "tied")[1])["groups"]
+    assert [{"canonical": f"model.{EMBED}", "aliases": [{"name": f"model.{HEAD}", "reason": "same-object"}]}] == groups
+
+
+def test_diff_exits_with_one_where_there_are_differences(folder, capsys):
+    expected = """\
+A tied and B file.safetensors differ in 1 name
+
+name            difference  A                                      B
+lm_head.weight  only in A   (12, 4) float32 = embed_tokens.weight
+"""
+    assert (1, expected) == run(capsys, "diff", "tied", "file.safetensors")
+    code, text = run(capsys, "diff", "tied", "tied")
+    assert (0, "A tied and B tied hold the same names with the same shapes, dtypes and ties\n") == (code, text)
+
+
+def test_diff_gives_programs_everything(folder, capsys):
+    code, text = run(capsys, "diff", "--json", "tied", "flagged")
+    difference = {
+        "name": f"model.{HEAD}",
+        "kind": "differs",
+        "a": f"(12, 4) float32 = model.{EMBED}",
+        "b": "(8, 4) float32",
+    }
+    assert (1, {"a": "tied", "b": "flagged", "same": False, "differences": [difference]}) == (code, json.loads(text))
+
+
+def test_verify_exits_with_one_where_there_is_damage(folder, capsys):
+    assert (0, "tied: nothing wrong\n") == run(capsys, "verify", "tied")
+    expected = "file.safetensors: nothing wrong. No digests were recorded, so the values of tensors were not checked\n"
+    assert (0, expected) == run(capsys, "verify", "file.safetensors")
+    assert (0, {"path": "tied", "ok": True, "problems": []}) == (
+        main(["verify", "--json", "tied"]),
+        json.loads(capsys.readouterr().out),
+    )
+    (folder / "tied" / "__0_0.distcp").unlink()
+    expected = (
+        "tied: 1 problem\n  tied/__0_0.distcp is missing: a part of the checkpoint was lost. Nothing was loaded\n"
+    )
+    assert (1, expected) == run(capsys, "verify", "tied")
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["diff", "tied"]])
+def test_a_damaged_checkpoint_is_an_error_with_exit_code_one(folder, capsys, command):
+    assert 1 == main([*command, "cut.safetensors"])
+    captured = capsys.readouterr()
+    assert ("", True) == (captured.out, captured.err.startswith("tiepolicy: cut.safetensors is cut or no safetensors"))
+
+
+def test_an_error_is_json_too(folder, capsys):
+    code, text = run(capsys, "inspect", "--json", "cut.safetensors")
+    error = json.loads(text)["error"]
+    assert (1, "CheckpointError", []) == (code, error["type"], error["names"])
+    assert error["message"].startswith("cut.safetensors is cut")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["inspect"], "the following arguments are required: PATH"),
+        (["inspect", "gone"], "there is no file or folder gone"),
+        (["diff", "a"], "the following arguments are required: B"),
+        (["repair", "a"], "invalid choice"),
+    ],
+)
+def test_wrong_usage_exits_with_two(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert (2, True) == (caught.value.code, message in capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["diff"], ["verify"], ["plugins"]])
+def test_help_says_what_the_exit_codes_mean(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert (0, True) == (caught.value.code, "exit codes: 0 fine, 1 differences or damage, 2 wrong usage" in text)
+
+
+def test_plugins_are_listed_with_their_hooks_and_origin(capsys):
+    code, text = run(capsys, "plugins", "--json")
+    plugins = {plugin["name"]: plugin for plugin in json.loads(text)["plugins"]}
+    assert 0 == code
+    assert ("tiepolicy_hf._plugin", ["tiepolicy_claims"], "tiepolicy") == (
+        plugins["hf"]["module"],
+        plugins["hf"]["hooks"],
+        plugins["hf"]["distribution"],
+    )
+    assert {"tiepolicy_canonical", "tiepolicy_claims", "tiepolicy_decide"} <= set(plugins["built-in rules"]["hooks"])
+    assert "hf" in run(capsys, "plugins")[1]
+
+
+def test_a_plugin_that_cannot_be_imported_is_an_error_for_a_person(capsys, monkeypatch):
+    def broken():
+        raise ImportError("no module named acme")
+
+    monkeypatch.setattr(_plugins, "default_policy", broken)
+    assert 1 == main(["plugins"])
+    expected = (
+        "tiepolicy: an installed plugin cannot be loaded, ImportError: no module named acme. Update or uninstall it\n"
+    )
+    assert expected == capsys.readouterr().err.replace("\n  ", " ")
+
+
+@pytest.mark.parametrize("command", [["inspect", "x.safetensors"], ["diff", "x.safetensors", "file.safetensors"]])
+def test_tables_fit_a_hundred_columns_and_json_has_every_name_in_full(folder, capsys, command):
+    name = "encoder." * 40 + "weight"
+    save_file({name: torch.zeros(1, 2, 3), "b": torch.zeros(1)}, folder / "x.safetensors")
+    _, text = run(capsys, *command)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "..." in text
+    assert name in run(capsys, command[0], "--json", *command[1:])[1]
+
+
+def test_a_name_from_a_file_cannot_steer_the_terminal(folder, capsys):
+    save_file({"\x1b[2J\nu\u00e9\u202e": torch.zeros(1)}, folder / "x.safetensors")
+    _, text = run(capsys, "inspect", "x.safetensors")
+    assert "\\x1b[2J\\x0au\\xe9\\u202e" in text
+
+
+@given(st.text(st.characters(), max_size=20))
+def test_what_is_printed_is_ascii_without_control_characters(text):
+    assert all(" " <= character <= "~" for character in printable(text))
+
+
+@given(st.lists(st.tuples(*[st.text("abc.", max_size=200)] * 4), min_size=1, max_size=5))
+def test_a_table_fits_and_keeps_the_ends_of_what_it_shortens(rows):
+    lines = columns(rows, width=WIDTH).split("\n")
+    assert all(len(line) <= WIDTH for line in lines)
+    for row, line in zip(rows, lines, strict=True):
+        if sum(map(len, row)) < WIDTH - 8 and len(rows) == 1:
+            assert all(cell in line for cell in row)
+
+
+def test_the_module_runs_as_a_program_and_imports_no_dcp(folder):
+    code = """
+import sys
+from tiepolicy._cli import main
+code = main(["inspect", "tied"])
+print([name for name in ("transformers", "torch.distributed.checkpoint", "hypothesis") if name in sys.modules])
+sys.exit(code)
+"""
+    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("\n[]\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "tiepolicy", "verify", "cut.safetensors"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (1, True) == (result.returncode, result.stdout.startswith("cut.safetensors: 1 problem"))

@@ -1,0 +1,119 @@
+"""Step 23, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tiepolicy import _inspect
+from tiepolicy._contents import read_contents
+from tiepolicy._diff import diff
+from tiepolicy._plugins import installed_plugins
+from tiepolicy._verify import find_problems
+from tiepolicy.errors import TiePolicyError
+
+OK = 0
+FOUND = 1
+USAGE = 2
+
+_PATH_HELP = "a safetensors file, a Hugging Face folder, or a folder of torch.distributed.checkpoint"
+_EPILOG = "exit codes: 0 fine, 1 differences or damage, 2 wrong usage"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What stands after `tiepolicy` on the command line; taken from the process if not given.
+
+    Returns:
+        0 if all is fine, 1 if there are differences or damage. Wrong usage leaves with 2 through `SystemExit`.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name in ("path", "a", "b"):
+        path = getattr(options, name, None)
+        if path is not None and not path.exists():
+            parser.error(f"there is no file or folder {_inspect.printable(str(path))}")
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        code = command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except TiePolicyError as error:
+        if options.json:
+            _print(_inspect.to_json(_inspect.error_values(error)))
+        else:
+            sys.stderr.write(f"tiepolicy: {_inspect.sentence(str(error))}\n")
+        return FOUND
+    return code
+
+
+def _inspect_command(options: argparse.Namespace) -> int:
+    contents = read_contents(options.path)
+    if options.json:
+        _print(_inspect.to_json(_inspect.contents_values(contents)))
+    else:
+        _print(_inspect.show_contents(contents))
+    return OK
+
+
+def _diff_command(options: argparse.Namespace) -> int:
+    differences = diff(read_contents(options.a), read_contents(options.b))
+    if options.json:
+        _print(_inspect.to_json(_inspect.difference_values(options.a, options.b, differences)))
+    else:
+        _print(_inspect.show_differences(options.a, options.b, differences))
+    return FOUND if differences else OK
+
+
+def _verify_command(options: argparse.Namespace) -> int:
+    problems = find_problems(options.path)
+    if options.json:
+        _print(_inspect.to_json(_inspect.problem_values(options.path, problems)))
+    else:
+        _print(_inspect.show_problems(options.path, problems))
+    return FOUND if problems else OK
+
+
+def _plugins_command(options: argparse.Namespace) -> int:
+    plugins = installed_plugins()
+    _print(_inspect.to_json(_inspect.plugin_values(plugins)) if options.json else _inspect.show_plugins(plugins))
+    return OK
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tiepolicy",
+        description="Look at checkpoints and at which of their names are one tensor. Runs nothing that a checkpoint "
+        "holds.",
+        epilog=_EPILOG,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=_EPILOG
+        )
+        added.add_argument("--json", action="store_true", help="print JSON, with every name in full")
+        added.set_defaults(command=command)
+        return added
+
+    inspect = add("inspect", _inspect_command, "show names, shapes, dtypes, sizes, tied groups and refused claims")
+    inspect.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    compare = add("diff", _diff_command, "compare names, shapes, dtypes and ties of two checkpoints; not their values")
+    compare.add_argument("a", type=Path, metavar="A", help=_PATH_HELP)
+    compare.add_argument("b", type=Path, metavar="B", help="what to compare it with, of any of these kinds")
+    verify = add(
+        "verify", _verify_command, "hold headers, index, manifest and files of a checkpoint against each other"
+    )
+    verify.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    add("plugins", _plugins_command, "list the plugins that the default policy has loaded, and where they come from")
+    return parser

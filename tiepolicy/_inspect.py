@@ -1,0 +1,189 @@
+"""Step 22, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
+
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tiepolicy._contents import Contents
+from tiepolicy._diff import Difference
+from tiepolicy._digests import DIGESTS
+from tiepolicy._groups import RefusedClaim
+from tiepolicy._plugins import Plugin
+from tiepolicy._table import columns, count, format_bytes
+from tiepolicy.errors import TiePolicyError
+
+#: Columns of a terminal that every line fits, if no single word is longer.
+WIDTH = 100
+
+
+def show_contents(contents: Contents) -> str:
+    """Every name with its shape and place, then the claims that were refused."""
+    aliases = contents.aliases()
+    rows = [("name", "shape", "dtype", "size", "stored in")]
+    for name in sorted({*contents.tensors, *aliases}):
+        shape, dtype = contents.spec(name)
+        if name in aliases:
+            canonical, reason = aliases[name]
+            rows.append((name, str(shape), dtype, "", f"= {canonical} ({reason})"))
+        else:
+            stored = contents.tensors[name]
+            place = stored.files[0] if len(stored.files) == 1 else count(len(stored.files), "file")
+            rows.append((name, str(shape), dtype, format_bytes(stored.nbytes), place))
+    refused = _refused(contents)
+    parts = [_summary(contents), _columns(rows)]
+    if refused:
+        parts.append("\n".join(["refused", *(sentence(str(refusal), indent="  ") for refusal in refused)]))
+    return "\n\n".join(parts)
+
+
+def _summary(contents: Contents) -> str:
+    num_stored = len(contents.tensors.keys() - contents.aliases().keys())
+    lines = [f"{contents.path}: {contents.form}, {count(num_stored, 'tensor')} of {format_bytes(contents.nbytes)}"]
+    if contents.plan is not None:
+        saved = format_bytes(contents.plan.bytes_saved)
+        lines.append(
+            f"manifest: {count(len(contents.plan.groups), 'tied group')} ({saved} saved), "
+            f"{count(len(contents.plan.refused), 'claim')} refused"
+        )
+    elif contents.recorded:
+        lines.append(f"no manifest; {count(len(contents.recorded), 'tie')} noted in the metadata of the file")
+    else:
+        lines.append("no manifest: nothing says which names are one tensor")
+    if contents.objects:
+        lines.append(
+            f"{count(len(contents.objects), 'pickled object')} beside the tensors, which are never read: to get them "
+            "needs more than the safe subset of pickle"
+        )
+    return "\n".join(map(sentence, lines))
+
+
+def contents_values(contents: Contents) -> dict[str, Any]:
+    """The same for programs."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for alias, (canonical, reason) in contents.aliases().items():
+        groups.setdefault(canonical, []).append({"name": alias, "reason": reason})
+    return {
+        "path": str(contents.path),
+        "form": contents.form,
+        "bytes": contents.nbytes,
+        "manifest": contents.plan is not None,
+        "tensors": {
+            name: {
+                "shape": list(stored.shape),
+                "dtype": stored.dtype,
+                "bytes": stored.nbytes,
+                "files": list(stored.files),
+            }
+            for name, stored in contents.tensors.items()
+        },
+        "groups": [{"canonical": name, "aliases": members} for name, members in sorted(groups.items())],
+        "refused": [
+            {
+                "names": [contents.prefix + name for name in refusal.claim.names],
+                "reason": refusal.verdict.reason.value,
+                "sentence": str(refusal),
+            }
+            for refusal in _refused(contents)
+        ],
+        "objects": list(contents.objects),
+    }
+
+
+def show_differences(a: Path, b: Path, differences: Sequence[Difference]) -> str:
+    """One line for each name, or one sentence if there is none."""
+    if not differences:
+        return sentence(f"A {a} and B {b} hold the same names with the same shapes, dtypes and ties")
+    rows = [("name", "difference", "A", "B"), *((d.name, d.kind, d.a, d.b) for d in differences)]
+    head = sentence(f"A {a} and B {b} differ in {count(len(differences), 'name')}")
+    return f"{head}\n\n{_columns(rows)}"
+
+
+def difference_values(a: Path, b: Path, differences: Sequence[Difference]) -> dict[str, Any]:
+    """The same for programs."""
+    listed = [{"name": d.name, "kind": d.kind, "a": d.a, "b": d.b} for d in differences]
+    return {"a": str(a), "b": str(b), "same": not differences, "differences": listed}
+
+
+def show_problems(path: Path, problems: Sequence[str]) -> str:
+    """One sentence for each problem."""
+    if not problems:
+        return sentence(f"{path}: nothing wrong{_unread(path)}")
+    return "\n".join([sentence(f"{path}: {count(len(problems), 'problem')}"), *_indented(problems)])
+
+
+def _unread(path: Path) -> str:
+    return "" if (path / DIGESTS).exists() else ". No digests were recorded, so the values of tensors were not checked"
+
+
+def problem_values(path: Path, problems: Sequence[str]) -> dict[str, Any]:
+    """The same for programs."""
+    return {"path": str(path), "ok": not problems, "problems": list(problems)}
+
+
+def show_plugins(plugins: Iterable[Plugin]) -> str:
+    """One line for each hook of each plugin."""
+    rows = [("plugin", "module", "hook", "distribution", "version")]
+    for plugin in plugins:
+        for position, hook in enumerate(plugin.hooks or ("none",)):
+            row = (plugin.name, plugin.module, hook, plugin.distribution, plugin.version)
+            rows.append(row if position == 0 else ("", "", hook, "", ""))
+    return _columns(rows)
+
+
+def plugin_values(plugins: Iterable[Plugin]) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "plugins": [
+            {
+                "name": plugin.name,
+                "module": plugin.module,
+                "hooks": list(plugin.hooks),
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+            }
+            for plugin in plugins
+        ]
+    }
+
+
+def error_values(error: TiePolicyError) -> dict[str, Any]:
+    """An error for programs."""
+    return {"error": {"type": type(error).__name__, "message": str(error), "names": list(error.names)}}
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """Values as JSON text of ASCII characters."""
+    return json.dumps(values, indent=2)
+
+
+def sentence(text: str, *, indent: str = "") -> str:
+    """A sentence in lines that fit; what follows the first is set in further."""
+    return textwrap.fill(
+        printable(text),
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def printable(text: str) -> str:
+    """A text in ASCII without control characters: names come from files, and go to terminals."""
+    escaped = text.encode("ascii", "backslashreplace").decode()
+    return "".join(character if " " <= character <= "~" else f"\\x{ord(character):02x}" for character in escaped)
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    cells = [tuple(printable(cell) for cell in row) for row in rows]
+    return columns(cells, width=WIDTH)
+
+
+def _indented(sentences: Iterable[str]) -> list[str]:
+    return [sentence(text, indent="  ") for text in sentences]
+
+
+def _refused(contents: Contents) -> tuple[RefusedClaim, ...]:
+    return () if contents.plan is None else contents.plan.refused
