@@ -36,18 +36,16 @@ def inner_tensors(local: torch.Tensor) -> tuple[list[torch.Tensor], object]:
     return [getattr(local, name) for name in names], (type(local), context)
 
 
-def storage_identity(local: torch.Tensor) -> int | None:
-    """The address of the storage object, which unlike a data pointer also identifies meta and fake storages."""
+def whereabouts(local: torch.Tensor) -> tuple[int | None, int | None]:
+    """Identity of the storage object, and address of the first element; None where one of them proves nothing.
+
+    The storage object is told from others by its own address. Unlike a data pointer, that also tells meta and fake
+    storages apart, which all point to 0.
+    """
     if not _is_what_its_storage_says(local):
-        return None
-    return int(local.untyped_storage()._cdata)  # noqa: SLF001 - torch has no public identity of a storage
-
-
-def address(local: torch.Tensor) -> int | None:
-    """The address of the first element; None without memory on a real device."""
-    if not _is_what_its_storage_says(local) or not _is_real(local):
-        return None
-    return local.data_ptr() or None
+        return None, None
+    storage = int(local.untyped_storage()._cdata)  # noqa: SLF001 - torch has no public identity of a storage
+    return storage, (local.data_ptr() or None) if _is_real(local) else None
 
 
 def sharing(tensors: list[torch.Tensor]) -> list[list[int]]:
@@ -80,7 +78,7 @@ def _sharing_without_address(tensors: list[tuple[int, torch.Tensor]]) -> list[li
     """The sets of tensors that are one object or lie in one storage object."""
     positions: dict[int, list[int]] = {}
     for position, tensor in tensors:
-        storage = storage_identity(_leaf(tensor))
+        storage, _ = whereabouts(_leaf(tensor))
         # Objects and storages are both addresses of living objects, so the two cannot collide.
         positions.setdefault(id(tensor) if storage is None else storage, []).append(position)
     return [found for found in positions.values() if len(found) > 1]
@@ -97,7 +95,7 @@ def _regions(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
         else:
             return starts, lengths
     leaves = [_leaf(tensor) for tensor in tensors]
-    starts = [address(leaf) or 0 for leaf in leaves]
+    starts = [whereabouts(leaf)[1] or 0 for leaf in leaves]
     return starts, [_length(leaf) if start else 0 for leaf, start in zip(leaves, starts, strict=True)]
 
 
@@ -128,5 +126,5 @@ def _is_what_its_storage_says(local: torch.Tensor) -> bool:
         local.layout is torch.strided
         and local.numel() > 0
         and not (local.is_quantized or local.is_conj() or local.is_neg())
-        and not (type(local) not in _PLAIN and is_traceable_wrapper_subclass(local))
+        and (type(local) in _PLAIN or not is_traceable_wrapper_subclass(local))
     )

@@ -1,27 +1,15 @@
 """Step 3, names: the modules of a tree and the tensors they hold, without the prefixes that wrappers add."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from tiepolicy._facts import Kind
 from tiepolicy.errors import ObservationError
 
 # torch.compile, activation checkpointing and FSDP1 register the module they wrap under these names.
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-
-
-class Place(NamedTuple):
-    """Where a module holds a tensor."""
-
-    name: str
-    kind: Kind
-    module: nn.Module
-    attribute: str
-    tensor: torch.Tensor
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -54,18 +42,18 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             above.discard(id(parent))
 
 
-def named_tensors(root: nn.Module) -> Iterator[Place]:
-    """Every parameter and persistent buffer under every name it has, wrappers first."""
-    for path, module in named_modules(root):
-        start = f"{path}." if path else ""
-        # named_parameters() builds several Python objects per module and name; these two mappings are what it reads.
-        for attribute, parameter in module._parameters.items():  # noqa: SLF001
-            if parameter is not None:
-                yield Place(start + attribute, "parameter", module, attribute, parameter)
-        for attribute, buffer in module._buffers.items():  # noqa: SLF001
-            # torch has no public way to ask which buffers are kept.
-            if buffer is not None and attribute not in module._non_persistent_buffers_set:  # noqa: SLF001
-                yield Place(start + attribute, "buffer", module, attribute, buffer)
+def parameters_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The parameters that a module holds itself, by attribute."""
+    # named_parameters() builds several Python objects per name; this mapping is what it reads.
+    return [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]  # noqa: SLF001
+
+
+def buffers_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The persistent buffers that a module holds itself, by attribute."""
+    # torch has no public way to ask which buffers are kept.
+    scratch = module._non_persistent_buffers_set  # noqa: SLF001
+    buffers = module._buffers.items()  # noqa: SLF001
+    return [(name, tensor) for name, tensor in buffers if tensor is not None and name not in scratch]
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

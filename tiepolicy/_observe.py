@@ -1,13 +1,14 @@
 """Step 4, seeing: a module or a mapping of tensors becomes facts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from tiepolicy import _memory
 from tiepolicy._facts import Kind, Specs, TensorFact
-from tiepolicy._modules import named_tensors
+from tiepolicy._modules import buffers_of, named_modules, parameters_of
 from tiepolicy.errors import ObservationError
 
 # The public name of what lazy modules hold before their first call.
@@ -20,17 +21,28 @@ class Facts(Mapping[str, TensorFact]):
     Holds the tensors, so the identities in the facts stay valid for as long as this object lives.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], *, kind: Kind = "tensor", buffers: Collection[str] = ()
+    ) -> None:
         self._tensors = tensors
-        self._kinds = kinds
+        self._usual_kind = kind
+        self._buffers = buffers
         self._known: dict[str, TensorFact] = {}
+        self._known_by_object: dict[int, TensorFact] = {}
         self._names_by_object: dict[int, list[str]] | None = None
 
     def __getitem__(self, name: str) -> TensorFact:
         fact = self._known.get(name)
         if fact is None:
-            fact = self._known[name] = _fact(name, self._kinds.get(name, "tensor"), self._tensors[name])
+            tensor = self._tensors[name]
+            kind = self._kind(name)
+            same = self._known_by_object.get(id(tensor))
+            fact = _fact(name, kind, tensor) if same is None else replace(same, name=name, kind=kind)
+            self._known[name] = self._known_by_object[id(tensor)] = fact
         return fact
+
+    def _kind(self, name: str) -> Kind:
+        return "buffer" if name in self._buffers else self._usual_kind
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -75,24 +87,29 @@ def observe(source: nn.Module | Mapping[str, torch.Tensor]) -> Facts:
             name once the prefixes of wrappers are removed, or a module contains itself.
     """
     if not isinstance(source, nn.Module):
-        return Facts(_checked(source), {})
+        return Facts(_checked(source))
     tensors: dict[str, torch.Tensor] = {}
-    kinds: dict[str, Kind] = {}
-    for name, kind, _, _, tensor in named_tensors(source):
-        if tensors.setdefault(name, tensor) is not tensor:
-            raise ObservationError(
-                f"two different tensors are both named {name} once the prefixes of wrappers (torch.compile, DDP, "
-                "activation checkpointing) are removed; rename one of the modules",
-                names=[name],
-            )
-        kinds[name] = kind
-    return Facts(_checked(tensors), kinds)
+    buffers: set[str] = set()
+    for path, module in named_modules(source):
+        start = f"{path}." if path else ""
+        kept = buffers_of(module)
+        buffers.update(start + attribute for attribute, _ in kept)
+        for attribute, tensor in parameters_of(module) + kept:
+            name = start + attribute
+            if tensors.setdefault(name, tensor) is not tensor:
+                raise ObservationError(
+                    f"two different tensors are both named {name} once the prefixes of wrappers (torch.compile, DDP, "
+                    "activation checkpointing) are removed; rename one of the modules",
+                    names=[name],
+                )
+    return Facts(_checked(tensors), kind="parameter", buffers=buffers)
 
 
 def _fact(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
     local = _memory.local_tensor(tensor)
     inner, context = _memory.inner_tensors(local)
     strided = local.layout is torch.strided
+    storage, address = _memory.whereabouts(local)
     return TensorFact(
         name=name,
         kind=kind,
@@ -102,8 +119,8 @@ def _fact(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
         local_shape=tuple(local.shape),
         stride=tuple(local.stride()) if strided else (0,) * local.dim(),
         offset=int(local.storage_offset()) if strided else 0,
-        storage=_memory.storage_identity(local),
-        address=_memory.address(local),
+        storage=storage,
+        address=address,
         object_id=id(tensor),
         placement=_memory.placement(tensor),
         inner=tuple(_fact(name, kind, part) for part in inner),

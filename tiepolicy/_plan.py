@@ -258,7 +258,7 @@ class TiePlan:
     ) -> str | None:
         """The name whose value stands for both, which is the canonical one if they are equal; None to untie them."""
         owner, tensor = state_dict[group.canonical], state_dict[alias.name]
-        if _holds(Facts({group.canonical: owner, alias.name: tensor}, {}), group, alias):
+        if _holds(Facts({group.canonical: owner, alias.name: tensor}), group, alias):
             return group.canonical
         difference = first_difference(view_of(owner, alias.view), tensor)
         if difference is None:

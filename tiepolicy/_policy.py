@@ -267,6 +267,8 @@ def _join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]
 def _owners(names: Sequence[str], facts: Facts) -> tuple[str, ...]:
     """The names from which every other of a tied group can be rebuilt: the longest tensor and its exact doubles."""
     members = [facts[name] for name in names]
+    if len({fact.object_id for fact in members}) == 1:
+        return tuple(sorted(names))
     longest = max(extent(fact.local_shape, fact.stride) for fact in members)
     # Whatever contains a view is dense; looking there first finds the owner at once.
     long = sorted((fact for fact in members if extent(fact.local_shape, fact.stride) == longest), key=_is_strided)

@@ -8,11 +8,20 @@ from torch import nn
 
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle
 from tiepolicy._groups import Alias, TieGroup
-from tiepolicy._modules import Place, named_tensors
+from tiepolicy._modules import buffers_of, named_modules, parameters_of
 from tiepolicy._values import first_difference, view_of
 from tiepolicy.errors import MissingTensorError, TiePolicyError
 
 Keep = Literal["canonical"]
+
+
+class _Place(NamedTuple):
+    """Where a module holds a tensor."""
+
+    module: nn.Module
+    attribute: str
+    tensor: torch.Tensor
+    is_buffer: bool
 
 
 class _Change(NamedTuple):
@@ -51,9 +60,7 @@ def share(
     """
     if keep not in (None, "canonical"):
         raise ValueError(f'keep is {keep!r}; it is "canonical", or None to compare the values')
-    places: dict[str, list[Place]] = {}
-    for place in named_tensors(model):
-        places.setdefault(place.name, []).append(place)
+    places = _places(model)
     for group in groups:
         _check_present(group, places)
     changes = [
@@ -63,6 +70,17 @@ def share(
     ]
     for change in changes:
         _apply(change, places)
+
+
+def _places(model: nn.Module) -> dict[str, list[_Place]]:
+    """Where each name is held; behind wrappers, and with shared modules, that is more than one place."""
+    places: dict[str, list[_Place]] = {}
+    for path, module in named_modules(model):
+        found = [_Place(module, attribute, tensor, is_buffer=False) for attribute, tensor in parameters_of(module)]
+        found += [_Place(module, attribute, tensor, is_buffer=True) for attribute, tensor in buffers_of(module)]
+        for place in found:
+            places.setdefault(f"{path}.{place.attribute}" if path else place.attribute, []).append(place)
+    return places
 
 
 def _change(
@@ -115,7 +133,7 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> str | None:
     return first_difference(expected, actual)
 
 
-def _apply(change: _Change, places: dict[str, list[Place]]) -> None:
+def _apply(change: _Change, places: dict[str, list[_Place]]) -> None:
     if change.values is not None:
         with torch.no_grad():
             change.owner.copy_(change.values)
@@ -127,10 +145,10 @@ def _apply(change: _Change, places: dict[str, list[Place]]) -> None:
             _put(place, view_of(change.owner.detach(), alias.view))
 
 
-def _put(place: Place, tensor: torch.Tensor) -> None:
+def _put(place: _Place, tensor: torch.Tensor) -> None:
     if place.tensor is tensor:
         return
-    if place.kind == "buffer":
+    if place.is_buffer:
         setattr(place.module, place.attribute, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
         return
     if not isinstance(tensor, nn.Parameter):
@@ -138,7 +156,7 @@ def _put(place: Place, tensor: torch.Tensor) -> None:
     setattr(place.module, place.attribute, tensor)
 
 
-def _check_present(group: TieGroup, places: dict[str, list[Place]]) -> None:
+def _check_present(group: TieGroup, places: dict[str, list[_Place]]) -> None:
     missing = [name for name in group.names if name not in places]
     if missing:
         raise MissingTensorError(

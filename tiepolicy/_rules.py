@@ -24,7 +24,13 @@ _DETAILS = {
 @hookimpl(trylast=True)
 def tiepolicy_claims(facts: Facts) -> list[Claim]:
     """Claim what shares an object or memory; separate parts of one storage claim nothing."""
-    return [claim for names in facts.sharing() for claim in _claims_within([facts[name] for name in names])]
+    claims = []
+    for names in facts.sharing():
+        if len({id(facts.tensor(name)) for name in names}) == 1:  # by far the most common tie needs no facts
+            claims += [_claim(names[0], other) for other in names[1:]]
+        else:
+            claims += _claims_within([facts[name] for name in names])
+    return claims
 
 
 @hookimpl(trylast=True)
@@ -90,7 +96,7 @@ def _claims_within(facts: list[TensorFact]) -> list[Claim]:
         # Two objects without memory have two layouts, and one object under two names has one.
         first = doubles.setdefault(layout(fact), fact)
         if first is not fact:
-            claims.append(_claim(first, fact))
+            claims.append(_claim(first.name, fact.name))
             continue
         space = memory_space(fact)
         if space is None:
@@ -98,17 +104,17 @@ def _claims_within(facts: list[TensorFact]) -> list[Claim]:
         family = (space, fact.dtype, byte_span(fact)[0] % fact.dtype.itemsize)
         owner = owners.get(family)
         if owner is not None and view_within(owner, fact) is not None:
-            claims.append(_claim(owner, fact))
+            claims.append(_claim(owner.name, fact.name))
         elif space in widest and overlap(widest[space], fact):
-            claims.append(_claim(widest[space], fact))
+            claims.append(_claim(widest[space].name, fact.name))
         if is_dense(fact) and not fact.placement:
             owners[family] = _farther(owner, fact)
         widest[space] = _farther(widest.get(space), fact)
     return claims
 
 
-def _claim(first: TensorFact, second: TensorFact) -> Claim:
-    return Claim((first.name, second.name), Source.STORAGE, "the storage of their data")
+def _claim(first: str, second: str) -> Claim:
+    return Claim((first, second), Source.STORAGE, "the storage of their data")
 
 
 def _farther(so_far: TensorFact | None, fact: TensorFact) -> TensorFact:
