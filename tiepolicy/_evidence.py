@@ -53,7 +53,9 @@ def layout(fact: TensorFact) -> Hashable:
     space = memory_space(fact)
     if space is None:
         return fact.object_id
-    return space, byte_span(fact)[0], fact.local_shape, fact.stride, fact.shape, fact.dtype, fact.placement
+    # The stride of a dimension of one element moves nowhere.
+    steps = tuple(step if size != 1 else 0 for size, step in zip(fact.local_shape, fact.stride, strict=True))
+    return space, byte_span(fact)[0], fact.local_shape, steps, fact.shape, fact.dtype, fact.placement
 
 
 def same_layout(a: TensorFact, b: TensorFact) -> bool:
