@@ -54,6 +54,12 @@ def one_storage(count: int) -> State:
     return {f"layers.{index}.weight": part.view(4, 4) for index, part in enumerate(flat.split(16))}
 
 
+def one_fused(count: int) -> State:
+    """One tensor, and every other name a part of it: everything is tied."""
+    flat = torch.empty((count - 1) * 16)
+    return {"fused": flat} | {f"parts.{index}": part.view(4, 4) for index, part in enumerate(flat.split(16))}
+
+
 def floor(state: State) -> None:
     """A bare loop that reads the facts and keeps nothing."""
     for tensor in state.values():
@@ -106,7 +112,12 @@ TOOLS: dict[str, tuple[Callable[[Any], object], bool]] = {
 if importlib.util.find_spec("accelerate") is not None:
     accelerate = importlib.import_module("accelerate.utils.modeling")
     TOOLS["accelerate.find_tied_parameters"] = (accelerate.find_tied_parameters, True)
-CASES: dict[str, Callable[[int], State]] = {"one pair": one_pair, "1% tied": one_percent, "one storage": one_storage}
+CASES: dict[str, Callable[[int], State]] = {
+    "one pair": one_pair,
+    "1% tied": one_percent,
+    "one storage": one_storage,
+    "all tied": one_fused,
+}
 
 
 def measure(case: str, count: int, *, num_rounds: int) -> list[dict[str, Any]]:
