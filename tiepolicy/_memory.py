@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Types whose attributes are those of torch itself: no subclass has a word in what `data_ptr` says.
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
+# What a class inherits that has no dispatch of its own; torch's annotations do not know the attribute.
+_NO_DISPATCH: object = getattr(torch.Tensor, "__torch_dispatch__", None)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,8 +118,7 @@ def _length(tensor: torch.Tensor) -> int:
 
 def _is_real(local: torch.Tensor) -> bool:
     """Whether nobody but torch answers for the memory; a fake tensor, for one, warns when asked for an address."""
-    # getattr: the attribute that all tensors without a dispatch of their own inherit is not in torch's annotations.
-    return type(local) in _PLAIN or type(local).__torch_dispatch__ is getattr(torch.Tensor, "__torch_dispatch__")  # noqa: B009
+    return type(local) in _PLAIN or getattr(type(local), "__torch_dispatch__", None) is _NO_DISPATCH
 
 
 def _is_what_its_storage_says(local: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ class Facts(Mapping[str, TensorFact]):
         self, tensors: Mapping[str, torch.Tensor], *, kind: Kind = "tensor", buffers: Collection[str] = ()
     ) -> None:
         self._tensors = tensors
-        self._usual_kind = kind
+        self._usual_kind: Kind = kind
         self._buffers = buffers
         self._known: dict[str, TensorFact] = {}
         self._known_by_object: dict[int, TensorFact] = {}
@@ -42,7 +42,9 @@ class Facts(Mapping[str, TensorFact]):
         return fact
 
     def _kind(self, name: str) -> Kind:
-        return "buffer" if name in self._buffers else self._usual_kind
+        if name in self._buffers:
+            return "buffer"
+        return self._usual_kind
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

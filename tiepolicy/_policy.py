@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tiepolicy import _rules, hookspecs
-from tiepolicy._claims import Claim
+from tiepolicy._claims import Claim, Source
 from tiepolicy._conflict import Conflict, Moment, Resolution, unresolved
 from tiepolicy._evidence import extent, is_dense, relate, view_within
 from tiepolicy._external import ExternalTie, Owners, find_external
@@ -71,7 +71,7 @@ class Policy:
         """
         facts = observe(source)
         accepted, refused = self._judge(self._claims(source if isinstance(source, nn.Module) else None, facts), facts)
-        groups = tuple(sorted((self._group(names, claims, facts) for names, claims in _join(accepted)), key=_name_of))
+        groups = tuple(sorted(self._groups(accepted, facts), key=_name_of))
         specs = facts.specs()
         plan = TiePlan(
             tensors=specs,
@@ -166,8 +166,26 @@ class Policy:
                 refused.append(RefusedClaim(claim=claim, verdict=verdict, shapes=_shapes(claim, facts)))
         return accepted, refused
 
-    def _group(self, names: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts) -> TieGroup:
-        owners = _owners(names, facts)
+    def _groups(self, accepted: list[Claim], facts: Facts) -> list[TieGroup]:
+        """What accepted claims connect, each set of names with one that contains all others."""
+        groups = []
+        for names, claims in _join(accepted):
+            owners = _owners(names, facts)
+            # A part of two tensors that only overlap may truly be claimed of both; its storage claim settles whose.
+            settled = [claim for claim in claims if claim.source is Source.STORAGE]
+            if owners:
+                groups.append(self._group(names, owners, claims, facts))
+            elif len(settled) < len(claims):
+                groups += self._groups(settled, facts)
+            else:
+                raise UnsafeVerdictError(
+                    f"accepted claims connect {list(names)}, but none of them contains all the others", names=names
+                )
+        return groups
+
+    def _group(
+        self, names: tuple[str, ...], owners: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts
+    ) -> TieGroup:
         canonical = self._ask("tiepolicy_canonical", group=owners, claims=claims, facts=facts)
         self._check_type("tiepolicy_canonical", canonical, str)
         if canonical not in owners:
@@ -265,7 +283,7 @@ def _join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]
 
 
 def _owners(names: Sequence[str], facts: Facts) -> tuple[str, ...]:
-    """The names from which every other of a tied group can be rebuilt: the longest tensor and its exact doubles."""
+    """The names from which every other can be rebuilt: the longest tensor and its exact doubles; none if none can."""
     members = [facts[name] for name in names]
     if len({fact.object_id for fact in members}) == 1:
         return tuple(sorted(names))
@@ -276,9 +294,7 @@ def _owners(names: Sequence[str], facts: Facts) -> tuple[str, ...]:
         if all(relate(owner, fact).proves_alias for fact in members):
             exact = (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
             return tuple(sorted(fact.name for fact in long if relate(owner, fact) in exact))
-    raise UnsafeVerdictError(
-        f"accepted claims connect {list(names)}, but none of them contains all the others", names=names
-    )
+    return ()
 
 
 def _is_strided(fact: TensorFact) -> bool:
