@@ -1,5 +1,6 @@
 """Hypothesis strategies for the tests: those that plugin authors get, and a few that only these tests need."""
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -11,7 +12,53 @@ from tiepolicy.testing import small_sizes as small_sizes
 from tiepolicy.testing import state_dicts as view_dicts
 from tiepolicy.testing import vocab_sizes as vocab_sizes
 
-__all__ = ["FIELD_VOCAB_SIZES", "dtypes", "flagged_pairs", "small_sizes", "tied_modules", "view_dicts", "vocab_sizes"]
+__all__ = [
+    "ALL_DTYPES",
+    "FIELD_VOCAB_SIZES",
+    "dtypes",
+    "flagged_pairs",
+    "memory_dicts",
+    "small_sizes",
+    "tied_modules",
+    "view_dicts",
+    "vocab_sizes",
+]
+
+
+#: Every type that safetensors writes and this torch has; the last ones have no arithmetic.
+ALL_DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+]
+
+
+@st.composite
+def memory_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Mappings of tensors that meet in memory in every way torch and NumPy allow, in any order of names.
+
+    Slices, strides, other dtypes, lazy conjugation, empty ends, and storages made twice over one buffer.
+    """
+    tensors: list[torch.Tensor] = []
+    for _ in range(draw(st.integers(1, 2))):
+        buffer = np.frombuffer(draw(st.binary(min_size=96, max_size=96)), dtype=np.uint8).copy()
+        for _ in range(draw(st.integers(1, 5))):
+            first = draw(st.integers(0, 5)) * 8
+            count = draw(st.integers(0, (96 - first) // 8)) * 8
+            dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.int32, torch.uint8, torch.complex64]))
+            row = torch.from_numpy(buffer[first : first + count]).view(dtype)
+            tensors += draw(st.lists(st.sampled_from(_readings(row)), min_size=1, max_size=3))
+    names = draw(st.permutations([f"layer{index}.weight" for index in range(len(tensors))]))
+    return dict(zip(names, tensors, strict=True))
+
+
+def _readings(row: torch.Tensor) -> list[torch.Tensor]:
+    """A row of elements, read in other ways."""
+    if row.numel() < 2:
+        return [row, row, row.detach(), row.view(1, -1), row.conj()]
+    table = row[: row.numel() // 2 * 2].view(2, -1)
+    views = [table, table.t(), row[::2], row[1:], row[2:2], row[:1].expand(3), table[:, :1], table[:, 0].unsqueeze(1)]
+    return [row, row, row.detach(), row.conj(), *views]
 
 
 @st.composite

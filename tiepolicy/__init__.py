@@ -7,23 +7,31 @@ from torch import nn
 
 from tiepolicy._claims import Claim as Claim
 from tiepolicy._claims import Source as Source
+from tiepolicy._conflict import Conflict as Conflict
+from tiepolicy._conflict import Moment as Moment
+from tiepolicy._conflict import Resolution as Resolution
+from tiepolicy._conflict import settle as settle
 from tiepolicy._evidence import View as View
+from tiepolicy._external import ExternalTie as ExternalTie
+from tiepolicy._external import Owners as Owners
 from tiepolicy._facts import TensorFact as TensorFact
 from tiepolicy._facts import TensorSpec as TensorSpec
 from tiepolicy._groups import Alias as Alias
 from tiepolicy._groups import RefusedClaim as RefusedClaim
 from tiepolicy._groups import TieGroup as TieGroup
+from tiepolicy._modules import named_modules as named_modules
 from tiepolicy._observe import Facts as Facts
-from tiepolicy._observe import named_modules as named_modules
 from tiepolicy._plan import TiePlan as TiePlan
 from tiepolicy._policy import Policy as Policy
 from tiepolicy._policy import default_policy
 from tiepolicy._reconcile import Action as Action
 from tiepolicy._reconcile import ActionKind as ActionKind
 from tiepolicy._reconcile import reconcile as reconcile
+from tiepolicy._retie import Keep as Keep
 from tiepolicy._table import format_bytes as format_bytes
 from tiepolicy._unpickling import ChunkedTensor as ChunkedTensor
 from tiepolicy._unpickling import read_sharded_metadata as read_sharded_metadata
+from tiepolicy._values import content_digest as content_digest
 from tiepolicy._values import first_difference as first_difference
 from tiepolicy._values import view_of as view_of
 from tiepolicy._verdicts import Decision as Decision
@@ -32,7 +40,9 @@ from tiepolicy._verdicts import Verdict as Verdict
 from tiepolicy.hookspecs import hookimpl as hookimpl
 
 
-def plan(source: nn.Module | Mapping[str, torch.Tensor]) -> TiePlan:
+def plan(
+    source: nn.Module | Mapping[str, torch.Tensor], *, external: Owners | None = None, digests: bool = False
+) -> TiePlan:
     """Decide which names of a module, or of a mapping of tensors, are one tensor.
 
     Uses the built-in rules and every installed plugin; `Policy` makes the same decision with plugins of your choice.
@@ -47,9 +57,34 @@ def plan(source: nn.Module | Mapping[str, torch.Tensor]) -> TiePlan:
         stored        also named   shape   dtype    saved  because
         embed.weight  head.weight  (6, 2)  float32  48 B   same-object
 
+    Args:
+        source: A module, or a mapping of tensors.
+        external: Other models, by the names to know them under: `plan(draft, external={"target": model})` recognises
+            the tensors of the draft that are the target's.
+        digests: Whether to read those tensors and record their digests, so that `TiePlan.compact` may leave them out.
+
     Raises:
         ObservationError: If the source holds something that is no named tensor.
         PluginError: If a plugin raises or answers with a wrong type.
         UnsafeVerdictError: If a plugin calls names one tensor that are not.
     """
-    return default_policy().plan(source)
+    return default_policy().plan(source, external=external, digests=digests)
+
+
+def tie(model: nn.Module, *, keep: Keep | None = None) -> TiePlan:
+    """Make the ties of a model real that are declared and possible but not there; changes the module.
+
+    Call it where a model is built: before it is sharded, and before its optimizer is made.
+
+    Args:
+        model: The module to change.
+        keep: "canonical" to give all names of a tie the value of the one that is stored. By default equal values need
+            no choice, and different ones are an error.
+
+    Returns:
+        The plan of the model as it is now.
+
+    Raises:
+        TieConflictError: If values differ and nobody says which to keep. Nothing was changed then.
+    """
+    return default_policy().tie(model, keep=keep)

@@ -1,4 +1,4 @@
-"""Step 3, claiming: what somebody says about which names may be one tensor."""
+"""Step 5, claiming: what somebody says about which names may be one tensor."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""Step 23, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 29, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import os

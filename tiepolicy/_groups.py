@@ -1,4 +1,4 @@
-"""Step 6, grouping: the parts of a plan, as plain data."""
+"""Step 8, grouping: the parts of a plan, as plain data."""
 
 from dataclasses import dataclass
 

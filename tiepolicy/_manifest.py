@@ -1,12 +1,19 @@
-"""Step 9, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust."""
+"""Step 14, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
 
-from collections.abc import Mapping, Sequence
+A name in a manifest may become part of a path or a line in a log, so it holds no path separator and no control
+character; a plan with such names works, but has no manifest. A key that this version does not know is refused: what it
+means cannot be kept.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from tiepolicy._claims import Claim
 from tiepolicy._evidence import View
+from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import Alias, RefusedClaim, TieGroup
 from tiepolicy._verdicts import Decision, Reason, Verdict
@@ -15,14 +22,24 @@ from tiepolicy.errors import ManifestError, TiePolicyError
 FORMAT = "tiepolicy"
 VERSION = 1
 
-Parts = tuple[dict[str, TensorSpec], tuple[TieGroup, ...], tuple[RefusedClaim, ...]]
+# Far above any model; what is larger was made to exhaust memory.
+MAX_TENSORS = 1_000_000
+MAX_TEXT = 4096
+MAX_DIMS = 64
+MAX_BYTES = 256 * 1024 * 1024
+_MAX_SIZE = 2**63 - 1
+
+Parts = tuple[dict[str, TensorSpec], tuple[TieGroup, ...], tuple[RefusedClaim, ...], tuple[ExternalTie, ...]]
 
 
 def write(
-    tensors: Mapping[str, TensorSpec], groups: Sequence[TieGroup], refused: Sequence[RefusedClaim]
+    tensors: Mapping[str, TensorSpec],
+    groups: Sequence[TieGroup],
+    refused: Sequence[RefusedClaim],
+    external: Sequence[ExternalTie],
 ) -> dict[str, Any]:
     """The parts of a plan as JSON-ready values."""
-    return {
+    written: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "tensors": {name: [list(spec.shape), str(spec.dtype).removeprefix("torch.")] for name, spec in tensors.items()},
@@ -32,49 +49,116 @@ def write(
         ],
         "refused": [_write_refused(refusal) for refusal in refused],
     }
+    if external:
+        written["external"] = [_write_external(tie) for tie in external]
+    return written
 
 
-def read(manifest: Mapping[str, Any]) -> Parts:
-    """The parts of the plan that `write` wrote.
+def read(manifest: Mapping[str, Any] | str | bytes) -> Parts:
+    """The parts of the plan that `write` wrote, from JSON text or from the values in it.
 
     Raises:
         ManifestError: If the manifest is malformed, contradicts itself, or is of a newer version.
     """
-    if not isinstance(manifest, Mapping) or manifest.get("format") != FORMAT:
+    values = _parse(manifest) if isinstance(manifest, str | bytes) else manifest
+    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise ManifestError(f"this is no manifest of tie groups: its format is not {FORMAT!r}")
-    version = manifest.get("version")
-    if version != VERSION:
+    version = values.get("version")
+    if type(version) is not int or version != VERSION:
         raise ManifestError(
             f"the manifest has version {version!r}, this library reads version {VERSION}: update tiepolicy to read it"
         )
     try:
-        tensors = {str(name): _read_spec(spec) for name, spec in manifest["tensors"].items()}
-        groups = tuple(
-            TieGroup(canonical=group["canonical"], aliases=tuple(_read_alias(alias) for alias in group["aliases"]))
-            for group in manifest["groups"]
-        )
-        refused = tuple(_read_refused(refusal) for refusal in manifest["refused"])
+        parts = _read_parts(values)
+    except ManifestError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ManifestError(f"the manifest is malformed: {type(error).__name__}: {error}") from error
-    _check_groups(tensors, groups)
-    return tensors, groups, refused
+    _check_groups(parts[0], parts[1])
+    _check_external(parts)
+    return parts
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names that cannot stand in a manifest.
+
+    Raises:
+        ManifestError: If a name is empty, too long, or holds a path separator or a control character.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name or len(name) > MAX_TEXT:
+            raise ManifestError(f"{str(name)[:80]!r} is no name of 1 to {MAX_TEXT} characters")
+        if "/" in name or "\\" in name or not name.isprintable():
+            raise ManifestError(
+                f"the name {name!r} holds a path separator or a control character and cannot stand in a manifest; "
+                "rename the tensor",
+                names=[name],
+            )
+
+
+def _parse(text: str | bytes) -> Any:
+    if len(text) > MAX_BYTES:
+        raise ManifestError(f"the manifest has {len(text)} bytes; none is larger than {MAX_BYTES}")
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(f"the manifest is no JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a key occur twice and the last one win; a manifest does not."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ManifestError(f"the manifest holds the key {twice!r} twice: it was damaged or edited", names=[twice])
+    return values
+
+
+def _read_parts(values: Mapping[str, Any]) -> Parts:
+    _check_keys(values, ("format", "version", "tensors", "groups", "refused"), optional=("external",))
+    if max(len(values[key]) for key in ("tensors", "groups", "refused")) > MAX_TENSORS:
+        raise ManifestError(f"the manifest lists more than {MAX_TENSORS} tensors, groups or refused claims")
+    check_names(values["tensors"])
+    tensors = {name: _read_spec(spec) for name, spec in values["tensors"].items()}
+    groups = tuple(_read_group(group) for group in values["groups"])
+    refused = tuple(_read_refused(refusal) for refusal in values["refused"])
+    return tensors, groups, refused, tuple(_read_external(tie) for tie in values.get("external", ()))
+
+
+def _read_group(entry: Mapping[str, Any]) -> TieGroup:
+    _check_keys(entry, ("canonical", "aliases"))
+    if not entry["aliases"]:
+        raise ManifestError(f"the manifest has a group of {entry['canonical']!r} alone")
+    return TieGroup(canonical=entry["canonical"], aliases=tuple(_read_alias(alias) for alias in entry["aliases"]))
 
 
 def _write_alias(alias: Alias) -> dict[str, Any]:
-    view = alias.view
-    return {
-        "name": alias.name,
-        "reason": alias.reason.value,
-        "view": None if view is None else [list(view.shape), list(view.stride), view.offset],
-    }
+    return {"name": alias.name, "reason": alias.reason.value, "view": _write_view(alias.view)}
 
 
 def _read_alias(entry: Mapping[str, Any]) -> Alias:
-    view = None
-    if entry["view"] is not None:
-        shape, stride, offset = entry["view"]
-        view = View(shape=_sizes(shape), stride=_sizes(stride), offset=_size(offset))
-    return Alias(name=entry["name"], reason=Reason(entry["reason"]), view=view)
+    _check_keys(entry, ("name", "reason", "view"))
+    alias = Alias(name=entry["name"], reason=Reason(entry["reason"]), view=_read_view(entry["view"]))
+    if not alias.reason.proves_alias or (alias.view is None) is (alias.reason is Reason.VIEW_OF):
+        raise ManifestError(f"the manifest calls {alias.name!r} an alias for the reason {alias.reason.value!r}")
+    return alias
+
+
+def _write_view(view: View | None) -> list[Any] | None:
+    return None if view is None else [list(view.shape), list(view.stride), view.offset]
+
+
+def _read_view(entry: Any) -> View | None:
+    if entry is None:
+        return None
+    shape, stride, offset = entry
+    view = View(shape=_sizes(shape), stride=_sizes(stride), offset=_size(offset))
+    if len(view.shape) != len(view.stride):
+        raise ManifestError(f"the manifest has a view of shape {view.shape} with the strides {view.stride}")
+    return view
 
 
 def _write_refused(refusal: RefusedClaim) -> dict[str, Any]:
@@ -89,10 +173,46 @@ def _write_refused(refusal: RefusedClaim) -> dict[str, Any]:
 
 
 def _read_refused(entry: Mapping[str, Any]) -> RefusedClaim:
+    _check_keys(entry, ("names", "source", "claimed_by", "reason", "detail", "shapes"))
+    check_names(entry["names"])
+    shapes = tuple(None if shape is None else _sizes(shape) for shape in entry["shapes"])
+    if not len(entry["names"]) == len(shapes) == 2:
+        raise ManifestError(f"the manifest refuses a claim of {len(entry['names'])} names and {len(shapes)} shapes")
+    detail, claimed_by = _text(entry["detail"]), _text(entry["claimed_by"])
     return RefusedClaim(
-        claim=Claim(tuple(entry["names"]), entry["source"], entry["claimed_by"]),
-        verdict=Verdict(decision=Decision.INDEPENDENT, reason=Reason(entry["reason"]), detail=entry["detail"]),
-        shapes=tuple(None if shape is None else _sizes(shape) for shape in entry["shapes"]),
+        claim=Claim(tuple(entry["names"]), entry["source"], claimed_by),
+        verdict=Verdict(decision=Decision.INDEPENDENT, reason=Reason(entry["reason"]), detail=detail),
+        shapes=shapes,
+    )
+
+
+def _write_external(tie: ExternalTie) -> dict[str, Any]:
+    return {
+        "name": tie.name,
+        "owner": tie.owner,
+        "owner_name": tie.owner_name,
+        "shape": list(tie.shape),
+        "dtype": str(tie.dtype).removeprefix("torch."),
+        "view": _write_view(tie.view),
+        "sha256": tie.digest,
+    }
+
+
+def _read_external(entry: Mapping[str, Any]) -> ExternalTie:
+    _check_keys(entry, ("name", "owner", "owner_name", "shape", "dtype", "view", "sha256"))
+    check_names([entry["name"], entry["owner"], entry["owner_name"]])
+    spec = _read_spec([entry["shape"], entry["dtype"]])
+    digest = entry["sha256"]
+    if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
+        raise ManifestError(f"the manifest has {str(digest)[:80]!r} for the SHA-256 of {entry['name']}")
+    return ExternalTie(
+        name=entry["name"],
+        owner=entry["owner"],
+        owner_name=entry["owner_name"],
+        shape=spec.shape,
+        dtype=spec.dtype,
+        view=_read_view(entry["view"]),
+        digest=digest,
     )
 
 
@@ -102,6 +222,15 @@ def _read_spec(entry: Sequence[Any]) -> TensorSpec:
     if not isinstance(dtype, torch.dtype):
         raise ManifestError(f"the manifest names a dtype {dtype_name!r} that this torch does not have")
     return TensorSpec(_sizes(shape), dtype)
+
+
+def _check_keys(entry: Mapping[str, Any], required: Sequence[str], *, optional: Sequence[str] = ()) -> None:
+    missing = [key for key in required if key not in entry]
+    if missing:
+        raise KeyError(missing[0])
+    unknown = sorted(str(key) for key in set(entry) - {*required, *optional})
+    if unknown:
+        raise ManifestError(f"the manifest holds {unknown[0]!r}, which version {VERSION} does not know")
 
 
 def _check_groups(tensors: Mapping[str, TensorSpec], groups: Sequence[TieGroup]) -> None:
@@ -115,27 +244,48 @@ def _check_groups(tensors: Mapping[str, TensorSpec], groups: Sequence[TieGroup])
             seen.add(name)
         owner = tensors[group.canonical]
         for alias in group.aliases:
-            _check_alias(group.canonical, owner, alias, tensors[alias.name])
+            _check_fits(f"an alias of {group.canonical}", alias.name, owner, alias.view, tensors[alias.name])
 
 
-def _check_alias(canonical: str, owner: TensorSpec, alias: Alias, spec: TensorSpec) -> None:
-    """An alias must be rebuildable: the whole of the canonical tensor, or a view that stays inside it."""
-    view = alias.view
+def _check_external(parts: Parts) -> None:
+    tensors, groups, _, external = parts
+    stored = set(tensors) - {alias.name for group in groups for alias in group.aliases}
+    for tie in external:
+        if tie.name not in stored:
+            raise ManifestError(
+                f"the manifest gives {tie.name!r} to {tie.source}, which is none of its stored tensors, or not once",
+                names=[tie.name],
+            )
+        stored.discard(tie.name)
+        spec = TensorSpec(tie.shape, tie.dtype)
+        _check_fits(f"a tensor of {tie.source}", tie.name, spec, tie.view, tensors[tie.name])
+
+
+def _check_fits(what: str, name: str, owner: TensorSpec, view: View | None, spec: TensorSpec) -> None:
+    """What is not stored must be rebuildable: the whole of another tensor, or a view that stays inside it."""
     fits = spec == owner if view is None else view.shape == spec.shape and spec.dtype == owner.dtype
     inside = view is None or view.end * owner.dtype.itemsize <= owner.nbytes
     if not (fits and inside):
         raise ManifestError(
-            f"the manifest calls {alias.name} {spec.shape} an alias of {canonical} {owner.shape}, but it cannot be "
-            "rebuilt from it: the manifest was damaged or edited",
-            names=[alias.name, canonical],
+            f"the manifest calls {name} {spec.shape} {what} {owner.shape}, but it cannot be rebuilt from it: the "
+            "manifest was damaged or edited",
+            names=[name],
         )
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise TiePolicyError(f"{str(value)[:80]!r} is no text of at most {MAX_TEXT} characters")
+    return value
+
+
 def _sizes(values: Sequence[Any]) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple) or len(values) > MAX_DIMS:
+        raise TiePolicyError(f"{str(values)[:80]} is no list of at most {MAX_DIMS} sizes")
     return tuple(_size(value) for value in values)
 
 
 def _size(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_SIZE:
         raise TiePolicyError(f"{value!r} is no size")
     return value

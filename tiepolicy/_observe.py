@@ -1,20 +1,18 @@
-"""Step 2, seeing: a module or a mapping of tensors becomes facts.
+"""Step 4, seeing: a module or a mapping of tensors becomes facts."""
 
-This is the only reader of torch storages, of DTensors, and of the prefixes that wrappers put before names.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from tiepolicy._facts import Kind, TensorFact, TensorSpec
+from tiepolicy import _memory
+from tiepolicy._facts import Kind, Specs, TensorFact
+from tiepolicy._modules import buffers_of, named_modules, parameters_of
 from tiepolicy.errors import ObservationError
 
-# torch.compile, activation checkpointing and FSDP1 register the module they wrap under these names.
-_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# The public name of what lazy modules hold before their first call.
+_LAZY = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
 class Facts(Mapping[str, TensorFact]):
@@ -23,26 +21,33 @@ class Facts(Mapping[str, TensorFact]):
     Holds the tensors, so the identities in the facts stay valid for as long as this object lives.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], *, kind: Kind = "tensor", buffers: Collection[str] = ()
+    ) -> None:
         self._tensors = tensors
-        self._kinds = kinds
+        self._usual_kind: Kind = kind
+        self._buffers = buffers
+        self._known: dict[str, TensorFact] = {}
+        self._known_by_object: dict[int, TensorFact] = {}
+        self._names_by_object: dict[int, list[str]] | None = None
 
     def __getitem__(self, name: str) -> TensorFact:
-        tensor = self._tensors[name]
-        local = local_tensor(tensor)
-        return TensorFact(
-            name=name,
-            kind=self._kinds.get(name, "tensor"),
-            shape=tuple(tensor.shape),
-            dtype=tensor.dtype,
-            device=tensor.device,
-            local_shape=tuple(local.shape),
-            stride=tuple(local.stride()) if local.layout is torch.strided else (),
-            offset=int(local.storage_offset()) if local.layout is torch.strided else 0,
-            storage=_storage_identity(local),
-            object_id=id(tensor),
-            placement=_placement(tensor),
-        )
+        fact = self._known.get(name)
+        if fact is None:
+            tensor = self._tensors[name]
+            kind = self._kind(name)
+            same = self._known_by_object.get(id(tensor))
+            fact = _fact(name, kind, tensor) if same is None else replace(same, name=name, kind=kind)
+            self._known[name] = self._known_by_object[id(tensor)] = fact
+        return fact
+
+    def _kind(self, name: str) -> Kind:
+        if name in self._buffers:
+            return "buffer"
+        return self._usual_kind
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -50,22 +55,28 @@ class Facts(Mapping[str, TensorFact]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor that a fact is about."""
+        return self._tensors[name]
+
     def names_of(self, tensor: torch.Tensor) -> list[str]:
         """The names of one tensor object, sorted."""
-        return sorted(name for name, candidate in self._tensors.items() if candidate is tensor)
+        if self._names_by_object is None:
+            self._names_by_object = {}
+            for name, candidate in self._tensors.items():
+                self._names_by_object.setdefault(id(candidate), []).append(name)
+        return sorted(self._names_by_object.get(id(tensor), ()))
 
-    def specs(self) -> dict[str, TensorSpec]:
-        """Global shape and dtype of every name, in the order of the names."""
-        return {name: TensorSpec(tuple(self._tensors[name].shape), self._tensors[name].dtype) for name in sorted(self)}
+    def specs(self) -> Specs:
+        """Global shape and dtype of every name, as they are now."""
+        tensors = self._tensors.values()
+        return Specs(list(self._tensors), [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors])
 
     def sharing(self) -> list[tuple[str, ...]]:
-        """The sets of two or more names that are one object or lie in one storage, sorted; linear in the names."""
-        names_by_memory: dict[int, list[str]] = {}
-        for name, tensor in self._tensors.items():
-            storage = _storage_identity(local_tensor(tensor))
-            # Objects and storages are both addresses of living objects, so the two cannot collide.
-            names_by_memory.setdefault(id(tensor) if storage is None else storage, []).append(name)
-        return sorted(tuple(sorted(names)) for names in names_by_memory.values() if len(names) > 1)
+        """The sets of two or more names that are one object or whose memory meets, sorted."""
+        names = list(self._tensors)
+        found = _memory.sharing(list(self._tensors.values()))
+        return sorted(tuple(sorted(names[position] for position in positions)) for positions in found)
 
 
 def observe(source: nn.Module | Mapping[str, torch.Tensor]) -> Facts:
@@ -74,83 +85,72 @@ def observe(source: nn.Module | Mapping[str, torch.Tensor]) -> Facts:
     Reads no tensor data and synchronises no device.
 
     Raises:
-        ObservationError: If a name is no string, a value no tensor, or two different tensors get one name once the
-            prefixes of wrappers are removed.
+        ObservationError: If a name is no string, a value no tensor or not initialised, two different tensors get one
+            name once the prefixes of wrappers are removed, or a module contains itself.
     """
     if not isinstance(source, nn.Module):
-        return Facts(_checked(source), {})
+        return Facts(_checked(source))
     tensors: dict[str, torch.Tensor] = {}
-    kinds: dict[str, Kind] = {}
-    for prefix, module in named_modules(source):
-        for kind, name, tensor in _own_tensors(module):
-            full_name = f"{prefix}.{name}" if prefix else name
-            if tensors.setdefault(full_name, tensor) is not tensor:
+    buffers: set[str] = set()
+    for path, module in named_modules(source):
+        start = f"{path}." if path else ""
+        kept = buffers_of(module)
+        buffers.update(start + attribute for attribute, _ in kept)
+        for attribute, tensor in parameters_of(module) + kept:
+            name = start + attribute
+            if tensors.setdefault(name, tensor) is not tensor:
                 raise ObservationError(
-                    f"two different tensors are both named {full_name} once the prefixes of wrappers (torch.compile, "
-                    "DDP, activation checkpointing) are removed; rename one of the modules",
-                    names=[full_name],
+                    f"two different tensors are both named {name} once the prefixes of wrappers (torch.compile, DDP, "
+                    "activation checkpointing) are removed; rename one of the modules",
+                    names=[name],
                 )
-            kinds[full_name] = kind
-    return Facts(tensors, kinds)
+    return Facts(_checked(tensors), kind="parameter", buffers=buffers)
 
 
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory this process holds of a tensor: the local shard of a DTensor, the tensor itself otherwise."""
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():
-            local: torch.Tensor = tensor.to_local()
-        return local
-    return tensor
-
-
-def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every path it is registered at, the path without the parts that wrappers add.
-
-    With `torch.compile`, DDP and the like in between, several modules have one path: the wrapper first.
-    """
-    paths: dict[str, str] = {}
-    wraps: dict[str, bool] = {}
-    for path, module in root.named_modules(remove_duplicate=False):
-        parent, _, leaf = path.rpartition(".")
-        if not path:
-            paths[path] = ""
-        elif leaf in _WRAPPED or (leaf == "module" and wraps[parent]):
-            paths[path] = paths[parent]
-        else:
-            paths[path] = f"{paths[parent]}.{leaf}" if paths[parent] else leaf
-        wraps[path] = isinstance(module, DistributedDataParallel | DataParallel)
-        yield paths[path], module
+def _fact(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
+    local = _memory.local_tensor(tensor)
+    inner, context = _memory.inner_tensors(local)
+    strided = local.layout is torch.strided
+    storage, address = _memory.whereabouts(local)
+    return TensorFact(
+        name=name,
+        kind=kind,
+        shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        device=tensor.device,
+        local_shape=tuple(local.shape),
+        stride=tuple(local.stride()) if strided else (0,) * local.dim(),
+        offset=int(local.storage_offset()) if strided else 0,
+        storage=storage,
+        address=address,
+        object_id=id(tensor),
+        placement=_memory.placement(tensor),
+        inner=tuple(_fact(name, kind, part) for part in inner),
+        context=context,
+    )
 
 
 def _checked(mapping: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    for name, tensor in mapping.items():
-        if not isinstance(name, str):
-            raise ObservationError(f"the name {name!r} is a {type(name).__name__}; names of tensors are strings")
-        if not isinstance(tensor, torch.Tensor):
-            raise ObservationError(
-                f"{name} is a {type(tensor).__name__}, not a tensor; plan the module, or only the tensors of its state",
-                names=[name],
-            )
+    # The types of a large mapping are few: looking at each of those is enough, unless one is wrong.
+    wrong_names = any(not issubclass(cls, str) for cls in set(map(type, mapping)))
+    types = set(map(type, mapping.values()))
+    wrong_values = any(not issubclass(cls, torch.Tensor) or issubclass(cls, _LAZY) for cls in types)
+    if wrong_names or wrong_values:
+        for name, tensor in mapping.items():
+            _check(name, tensor)
     return mapping
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[Kind, str, torch.Tensor]]:
-    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield "parameter", name, parameter
-    for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-        if name not in module._non_persistent_buffers_set:  # noqa: SLF001 - torch has no public way to ask
-            yield "buffer", name, buffer
-
-
-def _storage_identity(local: torch.Tensor) -> int | None:
-    """The address of the storage object, which unlike a data pointer also identifies meta and fake storages."""
-    if local.layout is not torch.strided or local.numel() == 0:
-        return None
-    storage = local.untyped_storage()
-    return int(storage._cdata)  # noqa: SLF001 - torch has no public identity of a storage
-
-
-def _placement(tensor: torch.Tensor) -> str:
-    if not isinstance(tensor, DTensor):
-        return ""
-    return f"{tensor.device_mesh.device_type}{tuple(tensor.device_mesh.shape)} {tuple(tensor.placements)}"
+def _check(name: object, tensor: object) -> None:
+    if not isinstance(name, str):
+        raise ObservationError(f"the name {name!r} is a {type(name).__name__}; names of tensors are strings")
+    if not isinstance(tensor, torch.Tensor):
+        raise ObservationError(
+            f"{name} is a {type(tensor).__name__}, not a tensor; plan the module, or only the tensors of its state",
+            names=[name],
+        )
+    if isinstance(tensor, _LAZY):
+        raise ObservationError(
+            f"{name} has no shape yet: its module is lazy and was never called; run one batch through the model first",
+            names=[name],
+        )

@@ -1,4 +1,4 @@
-"""Step 10, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
+"""Step 15, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
 
 import functools
 import hashlib
@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from tiepolicy import _manifest, _table
+from tiepolicy._conflict import Conflict, Moment, Resolver, settle, unresolved
 from tiepolicy._evidence import relate, view_within
+from tiepolicy._external import ExternalTie, Owners, check_digest, take
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import Alias, RefusedClaim, TieGroup
 from tiepolicy._observe import Facts, observe
+from tiepolicy._retie import Keep, share
 from tiepolicy._values import first_difference, view_of
 from tiepolicy._verdicts import Reason, Verdict
-from tiepolicy.errors import BrokenTieError, MissingTensorError, ShapeMismatchError, TieConflictError
+from tiepolicy.errors import BrokenTieError, MissingTensorError, ShapeMismatchError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,14 +28,18 @@ class TiePlan:
     """Which names of one model are one tensor, and which were claimed to be but are not.
 
     Made by `tiepolicy.plan`. Plans are equal if the models they describe have the same names, shapes and dtypes and
-    the same decisions about them.
+    the same decisions about them. A plan keeps no tensor.
     """
 
-    #: Global shape and dtype of every name, sorted by name.
+    #: Global shape and dtype of every name when the plan was made, sorted by name.
     tensors: Mapping[str, TensorSpec]
     #: Sorted by canonical name.
     groups: tuple[TieGroup, ...]
     refused: tuple[RefusedClaim, ...]
+    #: Stored names whose tensors belong to other models, sorted by name.
+    external: tuple[ExternalTie, ...] = ()
+    #: Who is asked where tied names hold different values; no part of what the plan says.
+    resolver: Resolver = unresolved
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[TieGroup, Alias | None]]:
@@ -43,25 +50,32 @@ class TiePlan:
         return places
 
     @functools.cached_property
+    def _owned_elsewhere(self) -> dict[str, ExternalTie]:
+        """The external ties that `compact` leaves out, by name."""
+        return {tie.name: tie for tie in self.external if tie.digest is not None}
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the plan as hexadecimal; equal on all ranks that made the same plan."""
-        return hashlib.sha256(json.dumps(self.to_manifest(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._written(), sort_keys=True).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TiePlan):
             return NotImplemented
-        return (dict(self.tensors), self.groups, self.refused) == (dict(other.tensors), other.groups, other.refused)
+        mine, theirs = ((plan.groups, plan.refused, plan.external) for plan in (self, other))
+        return mine == theirs and dict(self.tensors) == dict(other.tensors)
 
     def __hash__(self) -> int:
-        return hash((self.groups, self.refused))
+        return hash((self.groups, self.refused, self.external))
 
     def __str__(self) -> str:
-        return _table.render(self.tensors, self.groups, self.refused, bytes_saved=self.bytes_saved)
+        return _table.render(self.tensors, self.groups, self.refused, self.external, bytes_saved=self.bytes_saved)
 
     @property
     def bytes_saved(self) -> int:
-        """Bytes that a checkpoint of the whole model saves by storing each tied tensor once."""
-        return sum(self.tensors[alias.name].nbytes for group in self.groups for alias in group.aliases)
+        """Bytes that a checkpoint of the whole model saves by what `compact` leaves out."""
+        tied = sum(self.tensors[alias.name].nbytes for group in self.groups for alias in group.aliases)
+        return tied + sum(self.tensors[name].nbytes for name in self._owned_elsewhere)
 
     def canonical(self, name: str) -> str:
         """The name under which the tensor called `name` is stored: itself unless it is an alias."""
@@ -70,7 +84,10 @@ class TiePlan:
 
     def stored(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor that a checkpoint of the whole model holds, by name."""
-        return {name: spec for name, spec in self.tensors.items() if self.canonical(name) == name}
+        left_out = self._owned_elsewhere
+        return {
+            name: spec for name, spec in self.tensors.items() if self.canonical(name) == name and name not in left_out
+        }
 
     def whole_aliases(self, canonical: str) -> tuple[Alias, ...]:
         """The aliases that are the whole of a stored tensor."""
@@ -85,7 +102,10 @@ class TiePlan:
         return () if place is None else place[0].aliases
 
     def verdict(self, a: str, b: str) -> Verdict | None:
-        """The decision on two names, in either order; None if nobody claims that they are one tensor."""
+        """The decision on two names, in either order; None if nobody claims that they are one tensor.
+
+        A tensor of another model is named by its owner and its name there: `target:embed_tokens.weight`.
+        """
         group_a, group_b = self._places.get(a), self._places.get(b)
         if group_a is not None and group_b is not None and group_a[0] is group_b[0]:
             alias = group_a[1] or group_b[1]
@@ -93,17 +113,22 @@ class TiePlan:
         for refusal in self.refused:
             if set(refusal.claim.names) == {a, b}:
                 return refusal.verdict
+        for tie in self.external:
+            if {self.canonical(a), self.canonical(b)} == {tie.name, tie.source}:
+                return Verdict.alias(Reason.EXTERNAL_OWNER, f"it belongs to {tie.source}")
         return None
 
     def compact(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Leave out the aliases of a state dict.
+        """Leave out the aliases of a state dict, and what other models own.
 
         Copies no tensor and changes nothing: the result is a new mapping of the same tensors. An alias whose canonical
         name is not in the mapping stays. An alias whose tensor no longer shares memory with the canonical one (the
-        state was gathered, cloned or offloaded) is compared with it byte by byte and left out if equal.
+        state was gathered, cloned or offloaded) is compared with it byte by byte and left out if equal. An external
+        tensor is left out if the plan has its digest and the tensor still has that digest; it is read for that.
 
         Raises:
-            TieConflictError: If tied names hold different values.
+            TieConflictError: If tied names hold different values and no plugin resolves it.
+            ExternalOwnerError: If a tensor of another model has changed since the plan was made.
         """
         compacted = dict(state_dict)
         for group in self.groups:
@@ -111,29 +136,50 @@ class TiePlan:
                 continue
             for alias in group.aliases:
                 if alias.name in compacted:
-                    _check_holds_alias(state_dict, group, alias)
-                    del compacted[alias.name]
+                    kept = self._kept(state_dict, group, alias, Moment.COMPACT)
+                    if kept is not None:
+                        compacted[group.canonical] = compacted[kept]
+                        del compacted[alias.name]
+        for name, tie in self._owned_elsewhere.items():
+            if name in compacted:
+                check_digest(tie, compacted[name])
+                del compacted[name]
         return compacted
 
-    def expand(self, compacted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def expand(
+        self, compacted: Mapping[str, torch.Tensor], *, external: Owners | None = None
+    ) -> dict[str, torch.Tensor]:
         """Give every alias back whose canonical name is in the mapping; the inverse of `compact`.
 
         The tensors given back are the canonical ones or views of them: no memory is copied.
 
+        Args:
+            compacted: What `compact` returned.
+            external: The models that own external tensors, by the names the plan was made with.
+
         Raises:
             ShapeMismatchError: If a canonical tensor has another shape than the plan says.
             TieConflictError: If an alias is in the mapping with other values than its canonical tensor.
+            MissingTensorError: If a tensor that another model owns was left out and that model is not given.
+            ExternalOwnerError: If the model given does not hold what was recorded.
         """
         expanded = dict(compacted)
+        for name, tie in self._owned_elsewhere.items():
+            if name not in compacted:
+                expanded[name] = take(tie, external or {})
         for group in self.groups:
-            owner = compacted.get(group.canonical)
+            owner = expanded.get(group.canonical)
             if owner is None:
                 continue
             _check_shape(group.canonical, owner, self.tensors[group.canonical])
+            untied = set()
             for alias in group.aliases:
                 if alias.name in compacted:
-                    _check_holds_alias(compacted, group, alias)
-                expanded[alias.name] = view_of(owner, alias.view)
+                    kept = self._kept(expanded, group, alias, Moment.EXPAND)
+                    owner = owner if kept is None else compacted.get(kept, owner)
+                    untied |= {alias.name} if kept is None else set()
+            expanded[group.canonical] = owner
+            expanded |= {alias.name: view_of(owner, alias.view) for alias in group.aliases if alias.name not in untied}
         return expanded
 
     def verify(self, model: nn.Module | Mapping[str, torch.Tensor], *, after: str = "") -> None:
@@ -159,34 +205,69 @@ class TiePlan:
                         names=[alias.name, group.canonical],
                     )
 
+    def retie(self, model: nn.Module, *, keep: Keep | None = None) -> None:
+        """Make the names of every group one tensor again, in a module that lost it; changes the module.
+
+        Use it after `to_empty()`, `load_state_dict(assign=True)`, conversions, and before the optimizer is built.
+        Parameters become one object; a view becomes a view again. What still holds is left alone. A tensor without
+        data (meta device) gives way to one with data.
+
+        Args:
+            model: The module to change.
+            keep: "canonical" to give all names of a group the canonical value without looking at the others. After
+                `to_empty()` that is right: its memory holds nothing yet. By default values must be equal.
+
+        Raises:
+            MissingTensorError: If a tied name is gone.
+            TieConflictError: If values differ and no plugin resolves it. Nothing was changed then.
+        """
+        facts = observe(model)
+        share(
+            model,
+            self.groups,
+            holds=lambda group, alias: _holds(facts, group, alias),
+            keep=keep,
+            moment=Moment.RETIE,
+            resolver=self.resolver,
+        )
+
     def to_manifest(self) -> dict[str, Any]:
-        """The plan as JSON-ready values; `from_manifest` reads it."""
-        return _manifest.write(self.tensors, self.groups, self.refused)
+        """The plan as JSON-ready values; `from_manifest` reads it.
+
+        Raises:
+            ManifestError: If a name cannot stand in a manifest, as it holds a path separator or control character.
+        """
+        _manifest.check_names(self.tensors)
+        return self._written()
+
+    def _written(self) -> dict[str, Any]:
+        return _manifest.write(self.tensors, self.groups, self.refused, self.external)
 
     @staticmethod
-    def from_manifest(manifest: Mapping[str, Any]) -> "TiePlan":
-        """Read what `to_manifest` wrote.
+    def from_manifest(manifest: Mapping[str, Any] | str | bytes) -> "TiePlan":
+        """Read what `to_manifest` wrote, as JSON text or as the values in it.
 
         Raises:
             ManifestError: If it is malformed, contradicts itself, or is of a newer version.
         """
-        tensors, groups, refused = _manifest.read(manifest)
-        return TiePlan(tensors=tensors, groups=groups, refused=refused)
+        tensors, groups, refused, external = _manifest.read(manifest)
+        return TiePlan(tensors=tensors, groups=groups, refused=refused, external=external)
 
-
-def _check_holds_alias(state_dict: Mapping[str, torch.Tensor], group: TieGroup, alias: Alias) -> None:
-    """Refuse a state dict in which an alias could not be rebuilt from the canonical tensor, bit for bit."""
-    owner, tensor = state_dict[group.canonical], state_dict[alias.name]
-    if _holds(Facts({group.canonical: owner, alias.name: tensor}, {}), group, alias):
-        return
-    difference = first_difference(view_of(owner, alias.view), tensor)
-    if difference is not None:
-        raise TieConflictError(
-            f"{alias.name} and {group.canonical} are one tensor in the plan, but their values differ: {difference}. "
-            "Keep one of them (drop the other name from the state dict), tie the model again, or plan it anew if it "
-            "was untied on purpose",
-            names=[alias.name, group.canonical],
+    def _kept(
+        self, state_dict: Mapping[str, torch.Tensor], group: TieGroup, alias: Alias, moment: Moment
+    ) -> str | None:
+        """The name whose value stands for both, which is the canonical one if they are equal; None to untie them."""
+        owner, tensor = state_dict[group.canonical], state_dict[alias.name]
+        if _holds(Facts({group.canonical: owner, alias.name: tensor}), group, alias):
+            return group.canonical
+        difference = first_difference(view_of(owner, alias.view), tensor)
+        if difference is None:
+            return group.canonical
+        whole = alias.view is None
+        conflict = Conflict(
+            canonical=group.canonical, alias=alias.name, difference=difference, moment=moment, whole=whole
         )
+        return settle(conflict, self.resolver)
 
 
 def _holds(facts: Facts, group: TieGroup, alias: Alias) -> bool:

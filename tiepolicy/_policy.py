@@ -1,4 +1,4 @@
-"""Step 12, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+"""Step 18, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from tiepolicy import _rules, hookspecs
-from tiepolicy._claims import Claim
-from tiepolicy._evidence import extent, relate, view_within
+from tiepolicy._claims import Claim, Source
+from tiepolicy._conflict import Conflict, Moment, Resolution, unresolved
+from tiepolicy._evidence import extent, is_dense, relate, view_within
+from tiepolicy._external import ExternalTie, Owners, find_external
+from tiepolicy._facts import TensorFact
 from tiepolicy._groups import Alias, RefusedClaim, TieGroup
 from tiepolicy._observe import Facts, observe
 from tiepolicy._plan import TiePlan
+from tiepolicy._retie import Keep, share
 from tiepolicy._verdicts import Reason, Verdict
-from tiepolicy.errors import PluginError, UnsafeVerdictError
+from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
 
 
 class Policy:
@@ -42,10 +46,23 @@ class Policy:
         policy._manager.load_setuptools_entrypoints(hookspecs.PROJECT)
         return policy
 
-    def plan(self, source: nn.Module | Mapping[str, torch.Tensor]) -> TiePlan:
+    def plan(
+        self,
+        source: nn.Module | Mapping[str, torch.Tensor],
+        *,
+        external: Owners | None = None,
+        digests: bool = False,
+    ) -> TiePlan:
         """Decide which parameters and persistent buffers of a module, or tensors of a mapping, are one tensor.
 
-        Reads no tensor data. The plan depends on the model alone: not on the order of names, the rank or the device.
+        Reads no tensor data, except for `digests`. The plan depends on the model alone: not on the order of names, the
+        rank or the device.
+
+        Args:
+            source: A module, or a mapping of tensors.
+            external: Other models, by the names to know them under. A tensor that is theirs is an external tie.
+            digests: Whether to read the external tensors and record their digests, so that `TiePlan.compact` may
+                leave them out. Without, they are recognised and stored.
 
         Raises:
             ObservationError: If the source holds something that is no named tensor.
@@ -54,10 +71,80 @@ class Policy:
         """
         facts = observe(source)
         accepted, refused = self._judge(self._claims(source if isinstance(source, nn.Module) else None, facts), facts)
-        groups = tuple(sorted((self._group(names, claims, facts) for names, claims in _join(accepted)), key=_name_of))
-        plan = TiePlan(tensors=facts.specs(), groups=groups, refused=_without_accepted(refused, groups))
+        groups = tuple(sorted(self._groups(accepted, facts), key=_name_of))
+        specs = facts.specs()
+        plan = TiePlan(
+            tensors=specs,
+            groups=groups,
+            refused=_without_accepted(refused, groups),
+            external=_external(facts, groups, external, digests=digests),
+            resolver=self.resolve if self._manager.hook.tiepolicy_resolve.get_hookimpls() else unresolved,
+        )
         self._ask("tiepolicy_planned", plan=plan)
         return plan
+
+    def tie(self, model: nn.Module, *, keep: Keep | None = None) -> TiePlan:
+        """Make the ties real that are declared and possible but not there; changes the module.
+
+        Possible means equal shape, dtype and placement. Call it where a model is built: before it is sharded, and
+        before its optimizer is made.
+
+        Args:
+            model: The module to change.
+            keep: "canonical" to give all names of a tie the value of the one that is stored. By default equal values
+                need no choice, and different ones are an error.
+
+        Returns:
+            The plan of the model as it is now.
+
+        Raises:
+            TieConflictError: If values differ and nobody says which to keep. Nothing was changed then.
+            TiePolicyError: If one of the names is a view of a part of a third tensor.
+        """
+        facts = observe(model)
+        accepted, refused = self._judge(self._claims(model, facts), facts)
+        possible = [refusal.claim for refusal in refused if _is_possible(refusal, facts)]
+        wanted = {name for claim in possible for name in claim.names}
+        groups = [
+            self._wished(names, claims, facts)
+            for names, claims in _join([*accepted, *possible])
+            if not wanted.isdisjoint(names)
+        ]
+        share(
+            model,
+            groups,
+            holds=lambda group, alias: facts[group.canonical].object_id == facts[alias.name].object_id,
+            keep=keep,
+            moment=Moment.TIE,
+            resolver=self.resolve,
+        )
+        return self.plan(model)
+
+    def resolve(self, conflict: Conflict) -> Resolution | None:
+        """What the plugins want done about two values of one tensor; None if they leave it an error.
+
+        Raises:
+            PluginError: If a plugin raises or answers with a wrong type.
+        """
+        resolution = self._ask("tiepolicy_resolve", conflict=conflict)
+        if resolution is not None:
+            self._check_type("tiepolicy_resolve", resolution, Resolution)
+        return resolution  # type: ignore[no-any-return]  # checked above
+
+    def _wished(self, names: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts) -> TieGroup:
+        """A group of names that are to be one tensor, though they are not yet."""
+        if len({(facts[name].spec, facts[name].placement, facts[name].device) for name in names}) > 1:
+            raise TiePolicyError(
+                f"{list(names)} are declared to be one tensor, but some are views of a part of another; tie them where "
+                "the model is built",
+                names=names,
+            )
+        canonical = self._ask("tiepolicy_canonical", group=names, claims=claims, facts=facts)
+        self._check_type("tiepolicy_canonical", canonical, str)
+        if canonical not in names:
+            raise PluginError(f"a plugin wants {canonical!r} kept for {list(names)}, which is none of them")
+        aliases = tuple(Alias(name=name, reason=Reason.SAME_OBJECT) for name in names if name != canonical)
+        return TieGroup(canonical=canonical, aliases=aliases)
 
     def _claims(self, model: nn.Module | None, facts: Facts) -> list[Claim]:
         answers = self._ask("tiepolicy_claims", model=model, facts=facts)
@@ -79,8 +166,26 @@ class Policy:
                 refused.append(RefusedClaim(claim=claim, verdict=verdict, shapes=_shapes(claim, facts)))
         return accepted, refused
 
-    def _group(self, names: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts) -> TieGroup:
-        owners = _owners(names, facts)
+    def _groups(self, accepted: list[Claim], facts: Facts) -> list[TieGroup]:
+        """What accepted claims connect, each set of names with one that contains all others."""
+        groups = []
+        for names, claims in _join(accepted):
+            owners = _owners(names, facts)
+            # A part of two tensors that only overlap may truly be claimed of both; its storage claim settles whose.
+            settled = [claim for claim in claims if claim.source is Source.STORAGE]
+            if owners:
+                groups.append(self._group(names, owners, claims, facts))
+            elif len(settled) < len(claims):
+                groups += self._groups(settled, facts)
+            else:
+                raise UnsafeVerdictError(
+                    f"accepted claims connect {list(names)}, but none of them contains all the others", names=names
+                )
+        return groups
+
+    def _group(
+        self, names: tuple[str, ...], owners: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts
+    ) -> TieGroup:
         canonical = self._ask("tiepolicy_canonical", group=owners, claims=claims, facts=facts)
         self._check_type("tiepolicy_canonical", canonical, str)
         if canonical not in owners:
@@ -178,17 +283,38 @@ def _join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]
 
 
 def _owners(names: Sequence[str], facts: Facts) -> tuple[str, ...]:
-    """The names from which every other of a tied group can be rebuilt: the longest tensor and its exact doubles."""
+    """The names from which every other can be rebuilt: the longest tensor and its exact doubles; none if none can."""
     members = [facts[name] for name in names]
+    if len({fact.object_id for fact in members}) == 1:
+        return tuple(sorted(names))
     longest = max(extent(fact.local_shape, fact.stride) for fact in members)
-    long = [fact for fact in members if extent(fact.local_shape, fact.stride) == longest]
+    # Whatever contains a view is dense; looking there first finds the owner at once.
+    long = sorted((fact for fact in members if extent(fact.local_shape, fact.stride) == longest), key=_is_strided)
     for owner in long:
         if all(relate(owner, fact).proves_alias for fact in members):
             exact = (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
-            return tuple(fact.name for fact in long if relate(owner, fact) in exact)
-    raise UnsafeVerdictError(
-        f"accepted claims connect {list(names)}, but none of them contains all the others", names=names
-    )
+            return tuple(sorted(fact.name for fact in long if relate(owner, fact) in exact))
+    return ()
+
+
+def _is_strided(fact: TensorFact) -> bool:
+    return not is_dense(fact)
+
+
+def _is_possible(refusal: RefusedClaim, facts: Facts) -> bool:
+    """Whether nothing but separate memory is in the way of a claim, by the verdict and by the facts."""
+    own = _rules.tiepolicy_decide(refusal.claim, facts)
+    return Reason.DECLARED_NOT_TIED is refusal.verdict.reason is own.reason
+
+
+def _external(
+    facts: Facts, groups: tuple[TieGroup, ...], external: Owners | None, *, digests: bool
+) -> tuple[ExternalTie, ...]:
+    if not external:
+        return ()
+    aliases = {alias.name for group in groups for alias in group.aliases}
+    stored = tuple(sorted(name for name in facts if name not in aliases))
+    return tuple(find_external(stored, facts, external, digests=digests))
 
 
 def _shapes(claim: Claim, facts: Facts) -> tuple[tuple[int, ...] | None, ...]:

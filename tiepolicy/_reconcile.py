@@ -1,14 +1,15 @@
-"""Step 13, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
+"""Step 19, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tiepolicy._evidence import View
+from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._plan import TiePlan
 from tiepolicy._verdicts import Reason
-from tiepolicy.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
+from tiepolicy.errors import DtypeMismatchError, ExternalOwnerError, MissingTensorError, ShapeMismatchError
 
 
 class ActionKind(StrEnum):
@@ -20,6 +21,8 @@ class ActionKind(StrEnum):
     COPY = "copy"
     #: Read it aside; the live tensor, once loaded, must hold the same bits.
     COMPARE = "compare"
+    #: Take it from the model that owns it, after its digest matches; read nothing.
+    EXTERNAL = "external"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,8 @@ class Action:
     view: View | None = None
     #: Why, where it is not plain from the names.
     note: str = ""
+    #: Whose the tensor is, of an `external` action.
+    external: ExternalTie | None = None
 
 
 def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[Action]:
@@ -46,22 +51,29 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
             stored tensor by name.
 
     Returns:
-        For each tensor of the live model one `load` or `copy`, and one `compare` for each further stored tensor that
-        the live model has under the same storage. Sorted by live name.
+        For each tensor of the live model one `load`, `copy` or `external`, and one `compare` for each further stored
+        tensor that the live model has under the same storage. Sorted by live name. What is stored of a tensor that
+        the live model shares with another model is compared, never loaded: that would overwrite the other model.
 
     Raises:
         MissingTensorError: If nothing in the checkpoint holds a tensor of the model.
         ShapeMismatchError: If what holds it has another shape.
         DtypeMismatchError: If what holds it has another dtype.
+        ExternalOwnerError: If the model and the checkpoint know different tensors of another model by one name.
     """
     stored = saved.stored() if isinstance(saved, TiePlan) else saved
+    theirs = {tie.name: tie for tie in saved.external if tie.digest} if isinstance(saved, TiePlan) else {}
+    mine = {tie.name: tie for tie in plan.external}
     actions: list[Action] = []
-    for name in plan.stored():
+    for name in (name for name in plan.tensors if plan.canonical(name) == name):
         members = [name, *(alias.name for alias in plan.whole_aliases(name))]
         present = [member for member in members if member in stored]
-        if present:
-            kind = ActionKind.LOAD
-            actions.append(Action(kind=kind, saved=present[0], name=name))
+        tie = next((theirs[member] for member in members if member in theirs), None)
+        if name in mine or (tie is not None and not present):
+            actions.append(_from_owner(name, mine.get(name), tie))
+            present.insert(0, name)  # whatever is stored of it is compared, not loaded
+        elif present:
+            actions.append(Action(kind=ActionKind.LOAD, saved=present[0], name=name))
         else:
             actions.append(_derive(name, members, plan, saved))
         others = present[1:] + [alias.name for alias in plan.part_aliases(name) if alias.name in stored]
@@ -70,8 +82,24 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
             for other in others
         ]
     for action in actions:
-        _check_fits(action, plan, stored)
+        if action.external is None:
+            _check_fits(action, plan, stored)
     return sorted(actions, key=lambda action: (action.name, action.kind is ActionKind.COMPARE))
+
+
+def _from_owner(name: str, mine: ExternalTie | None, theirs: ExternalTie | None) -> Action:
+    """Take a tensor from its owner; the checkpoint's record counts, as it says what was trained with."""
+    if mine and theirs and mine.digest and theirs.digest and mine.digest != theirs.digest:
+        raise ExternalOwnerError(
+            f"{name} belongs to {mine.source} in the model and to {theirs.source} in the checkpoint, but they are not "
+            f"the same tensor: SHA-256 {mine.digest[:12]} and {theirs.digest[:12]}. Nothing was loaded. Give the model "
+            "that the checkpoint was made with",
+            names=[name],
+        )
+    tie = theirs or mine
+    assert tie is not None
+    note = f"belongs to {tie.source}"
+    return Action(kind=ActionKind.EXTERNAL, saved=tie.owner_name, name=name, note=note, external=tie)
 
 
 def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> Action:
@@ -95,7 +123,7 @@ def _same_shaped_partners(name: str, plan: TiePlan) -> list[tuple[str, str]]:
     return [
         (partner, refusal.claim.detail or str(refusal.claim.source))
         for refusal in plan.refused
-        if name in refusal.claim.names and refusal.verdict.reason is Reason.STORAGE_DISJOINT
+        if name in refusal.claim.names and refusal.verdict.reason is Reason.DECLARED_NOT_TIED
         for partner in refusal.claim.names
         if partner != name
     ]

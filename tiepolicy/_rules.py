@@ -1,7 +1,9 @@
-"""Step 11, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
+"""Step 17, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
+
+from collections.abc import Hashable
 
 from tiepolicy._claims import Claim, Source
-from tiepolicy._evidence import byte_span, is_dense, overlap, relate
+from tiepolicy._evidence import byte_span, is_dense, layout, memory_space, overlap, relate, view_within
 from tiepolicy._facts import TensorFact
 from tiepolicy._observe import Facts
 from tiepolicy._verdicts import Reason, Verdict
@@ -13,16 +15,22 @@ _DETAILS = {
     Reason.VIEW_OF: "one is a view of the other",
     Reason.SHAPE_MISMATCH: "shapes differ",
     Reason.DTYPE_MISMATCH: "dtypes differ ({a.dtype} and {b.dtype})",
-    Reason.PLACEMENT_MISMATCH: "they lie on different devices or are sharded differently",
     Reason.STORAGE_DISJOINT: "each has its own storage",
+    Reason.DECLARED_NOT_TIED: "each has its own storage",
     Reason.STORAGE_OVERLAP_PARTIAL: "they overlap in one storage, but neither contains the other",
 }
 
 
 @hookimpl(trylast=True)
 def tiepolicy_claims(facts: Facts) -> list[Claim]:
-    """Claim what shares an object or a storage; separate parts of one storage claim nothing."""
-    return [claim for names in facts.sharing() for claim in _claims_within([facts[name] for name in names])]
+    """Claim what shares an object or memory; separate parts of one storage claim nothing."""
+    claims = []
+    for names in facts.sharing():
+        if len({id(facts.tensor(name)) for name in names}) == 1:  # by far the most common tie needs no facts
+            claims += [_claim(names[0], other) for other in names[1:]]
+        else:
+            claims += _claims_within([facts[name] for name in names])
+    return claims
 
 
 @hookimpl(trylast=True)
@@ -30,11 +38,15 @@ def tiepolicy_decide(claim: Claim, facts: Facts) -> Verdict:
     """Let the shapes and the storage decide."""
     absent = [name for name in claim.names if name not in facts]
     if absent:
-        return Verdict.independent(Reason.PARTNER_ABSENT, f"{' and '.join(absent)} is not in the model")
+        return _absent(absent, facts)
     a, b = (facts[name] for name in claim.names)
     reason = relate(a, b)
     if not reason.proves_alias and relate(b, a).proves_alias:
         reason = relate(b, a)
+    if reason is Reason.STORAGE_DISJOINT and claim.source is not Source.STORAGE:
+        reason = Reason.DECLARED_NOT_TIED
+    if reason is Reason.PLACEMENT_MISMATCH:
+        return Verdict.independent(reason, _where_they_lie(a, b))
     detail = _DETAILS[reason].format(a=a, b=b)
     return Verdict.alias(reason, detail) if reason.proves_alias else Verdict.independent(reason, detail)
 
@@ -43,27 +55,70 @@ def tiepolicy_decide(claim: Claim, facts: Facts) -> Verdict:
 def tiepolicy_canonical(group: tuple[str, ...], claims: tuple[Claim, ...]) -> str:
     """Store the name that declarations derive the others from, else the first in alphabetical order.
 
-    `tiepolicy.Policy` asks only among the names that contain all others.
+    `tiepolicy.Policy` asks only among the names that contain all others. Declarations that go round in a circle name
+    no source, so the alphabet decides there too.
     """
     declared = [claim.names for claim in claims if claim.source is not Source.STORAGE]
     sources = {names[0] for names in declared} - {name for names in declared for name in names[1:]}
     return min(sources.intersection(group), default=group[0])
 
 
-def _claims_within(facts: list[TensorFact]) -> list[Claim]:
-    """Claims between the tensors of one storage: each with the one that contains it, or with one it only overlaps.
+def _absent(absent: list[str], facts: Facts) -> Verdict:
+    for name in absent:
+        module, _, attribute = name.rpartition(".")
+        start = f"{module}.parametrizations.{attribute}." if module else f"parametrizations.{attribute}."
+        originals = sorted(other for other in facts if other.startswith(start))
+        if originals:
+            detail = f"{name} is computed by a parametrization from {' and '.join(originals)}; claim those instead"
+            return Verdict.independent(Reason.COMPUTED, detail)
+    verb = "is" if len(absent) == 1 else "are"
+    return Verdict.independent(Reason.PARTNER_ABSENT, f"{' and '.join(absent)} {verb} not in the model")
 
-    Sorted by where they start, longest first, a tensor can lie only within one that comes before it; so one pass with
-    the farthest-reaching tensor so far is enough.
+
+def _where_they_lie(a: TensorFact, b: TensorFact) -> str:
+    if a.device != b.device:
+        return f"they lie on different devices ({a.device} and {b.device})"
+    sharded = (fact.placement or "not sharded" for fact in (a, b))
+    return f"they are sharded differently ({' and '.join(sharded)})"
+
+
+def _claims_within(facts: list[TensorFact]) -> list[Claim]:
+    """Claims between tensors whose memory may meet: each with its double, its owner, or one that it only overlaps.
+
+    Doubles are found by their layout. Of the others, sorted by where they start, longest first, a tensor can lie only
+    within one that comes before it; so one pass with the farthest-reaching owner of its dtype so far is enough.
     """
     claims = []
-    widest: TensorFact | None = None
+    doubles: dict[Hashable, TensorFact] = {}
+    owners: dict[Hashable, TensorFact] = {}
+    widest: dict[Hashable, TensorFact] = {}
     for fact in sorted(facts, key=_reading_order):
-        if widest is not None and (fact.object_id == widest.object_id or overlap(widest, fact)):
-            claims.append(Claim((widest.name, fact.name), Source.STORAGE, "the storage of their data"))
-        if widest is None or byte_span(fact)[1] > byte_span(widest)[1]:
-            widest = fact
+        # Two objects without memory have two layouts, and one object under two names has one.
+        first = doubles.setdefault(layout(fact), fact)
+        if first is not fact:
+            claims.append(_claim(first.name, fact.name))
+            continue
+        space = memory_space(fact)
+        if space is None:
+            continue
+        family = (space, fact.dtype, byte_span(fact)[0] % fact.dtype.itemsize)
+        owner = owners.get(family)
+        if owner is not None and view_within(owner, fact) is not None:
+            claims.append(_claim(owner.name, fact.name))
+        elif space in widest and overlap(widest[space], fact):
+            claims.append(_claim(widest[space].name, fact.name))
+        if is_dense(fact) and not fact.placement:
+            owners[family] = _farther(owner, fact)
+        widest[space] = _farther(widest.get(space), fact)
     return claims
+
+
+def _claim(first: str, second: str) -> Claim:
+    return Claim((first, second), Source.STORAGE, "the storage of their data")
+
+
+def _farther(so_far: TensorFact | None, fact: TensorFact) -> TensorFact:
+    return fact if so_far is None or byte_span(fact)[1] > byte_span(so_far)[1] else so_far
 
 
 def _reading_order(fact: TensorFact) -> tuple[int, int, bool, str]:

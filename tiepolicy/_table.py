@@ -1,7 +1,8 @@
-"""Step 8, showing: a plan as a table for people, at most 100 columns wide where the names allow it."""
+"""Step 13, showing: a plan as a table for people, at most 100 columns wide where the names allow it."""
 
 from collections.abc import Mapping, Sequence
 
+from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import RefusedClaim, TieGroup
 
@@ -13,16 +14,20 @@ def render(
     tensors: Mapping[str, TensorSpec],
     groups: Sequence[TieGroup],
     refused: Sequence[RefusedClaim],
+    external: Sequence[ExternalTie] = (),
     *,
     bytes_saved: int,
 ) -> str:
-    """The groups with what each saves, then every refused claim as a sentence."""
+    """The groups with what each saves, then what other models own, then every refused claim as a sentence."""
     counts = f"{count(len(tensors), 'tensor')}, {count(len(groups), 'tied group')}"
     parts = [f"{counts} ({format_bytes(bytes_saved)} saved), {count(len(refused), 'claim')} refused"]
     if groups:
         rows: list[tuple[str, ...]] = [("stored", "also named", "shape", "dtype", "saved", "because")]
         rows += [row for group in groups for row in _rows(group, tensors)]
         parts.append(columns(rows))
+    if external:
+        rows = [("belongs to", "name here", "shape", "dtype", "digest")]
+        parts.append(columns(rows + [_external_row(tie, tensors) for tie in external]))
     if refused:
         parts.append("\n".join(["refused", *(f"  {refusal}" for refusal in refused)]))
     return "\n\n".join(parts)
@@ -53,6 +58,12 @@ def _rows(group: TieGroup, tensors: Mapping[str, TensorSpec]) -> list[tuple[str,
             )
         )
     return rows
+
+
+def _external_row(tie: ExternalTie, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    spec = tensors[tie.name]
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return tie.source, tie.name, str(spec.shape), dtype, tie.digest[:12] if tie.digest else "none, so stored"
 
 
 def columns(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str:

@@ -1,10 +1,13 @@
-"""Step 7, values: the only functions that touch the elements of tensors, to rebuild a view and to compare two."""
+"""Step 9, values: the only functions that touch the elements of tensors, to rebuild a view and to compare two."""
+
+import hashlib
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from tiepolicy._evidence import View
-from tiepolicy._observe import local_tensor
+from tiepolicy._memory import inner_tensors, local_tensor
+from tiepolicy.errors import TiePolicyError
 
 
 def view_of(owner: torch.Tensor, view: View | None) -> torch.Tensor:
@@ -24,17 +27,66 @@ def first_difference(expected: torch.Tensor, actual: torch.Tensor) -> str | None
         return f"{tuple(expected.shape)} {expected.dtype} and {tuple(actual.shape)} {actual.dtype}"
     if isinstance(expected, DTensor) != isinstance(actual, DTensor):
         return "one is sharded and the other is not"
-    a, b = (local_tensor(tensor).detach().contiguous().view(-1) for tensor in (expected, actual))
-    if a.shape != b.shape:
+    return _first_difference_here(local_tensor(expected).detach(), local_tensor(actual).detach())
+
+
+def _first_difference_here(expected: torch.Tensor, actual: torch.Tensor) -> str | None:
+    """Where what this process holds of two tensors first differs."""
+    if expected.shape != actual.shape:
         return "they are sharded differently"
-    if a.is_meta or b.is_meta:
-        return "they have no data to compare (meta device)"
-    if a.numel() == 0:
+    (a_parts, a_context), (b_parts, b_context) = inner_tensors(expected), inner_tensors(actual)
+    if a_parts or b_parts:
+        if type(expected) is not type(actual) or len(a_parts) != len(b_parts) or a_context != b_context:
+            return f"one is a {type(expected).__name__}, the other a {type(actual).__name__} of another kind"
+        differences = (_first_difference_here(a, b) for a, b in zip(a_parts, b_parts, strict=True))
+        return next((difference for difference in differences if difference is not None), None)
+    if not (_is_plain(expected) and _is_plain(actual)):
+        return f"they cannot be compared bit by bit ({expected.layout} {expected.dtype})"
+    if expected.numel() == 0:
         return None
-    unequal = (a.view(torch.uint8) != b.to(a.device).view(torch.uint8)).view(a.numel(), -1).any(dim=1)
+    if expected.is_meta or actual.is_meta:
+        return "they have no data to compare (meta device)"
+    a, b = _bytes(expected), _bytes(actual)
+    unequal = (a != b.to(a.device)).view(expected.numel(), -1).any(dim=1)
     if not unequal.any():
         return None
     position = int(unequal.to(torch.uint8).argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), local_tensor(expected).shape))
-    count = int(unequal.sum())
-    return f"first at {index}, {a[position].item()} and {b[position].item()}, {count} of {a.numel()} elements in all"
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), expected.shape))
+    values = " and ".join(_shown(tensor, index) for tensor in (expected, actual))
+    return f"first at {index}, {values}, {int(unequal.sum())} of {expected.numel()} elements in all"
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements in row-major order as bytes, 1-dimensional; a view where the tensor is dense."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # A dense tensor of one element may have any stride, which the next view would not take.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+def _shown(tensor: torch.Tensor, index: tuple[int, ...]) -> str:
+    element = tensor[index]
+    try:
+        return str(element.item())
+    except (RuntimeError, NotImplementedError):  # types made for matrix products only, such as float4
+        return f"the bytes {_bytes(element).tolist()}"
+
+
+def content_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of the elements in row-major order, as hexadecimal; equal bits, equal digests.
+
+    Reads the tensor. For a DTensor it gathers the whole of it first: called by all ranks of its mesh.
+
+    Raises:
+        TiePolicyError: If the tensor has no data, as on the meta device.
+    """
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if whole.is_meta:
+        raise TiePolicyError(
+            f"a tensor {tuple(whole.shape)} on the meta device has no data to make a digest of; materialise the model "
+            "first"
+        )
+    return hashlib.sha256(_bytes(whole.cpu()).numpy().data).hexdigest()

@@ -1,4 +1,4 @@
-"""Step 4, deciding: the words in which a decision on a claim is given."""
+"""Step 6, deciding: the words in which a decision on a claim is given."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +16,12 @@ class Reason(StrEnum):
     STORAGE_DISJOINT = "storage-disjoint"
     STORAGE_OVERLAP_PARTIAL = "storage-overlap-partial"
     PARTNER_ABSENT = "partner-absent"
+    #: A claimed name is computed from other tensors at each use, as by a parametrization.
+    COMPUTED = "computed"
+    #: Declared, and possible by shape, dtype and placement, but each has its own memory; `tiepolicy.tie` ties them.
+    DECLARED_NOT_TIED = "declared-not-tied"
+    #: The tensor belongs to another model.
+    EXTERNAL_OWNER = "external-owner"
 
     @property
     def proves_alias(self) -> bool:

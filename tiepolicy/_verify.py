@@ -1,4 +1,4 @@
-"""Step 19, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
+"""Step 25, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
 
 import functools
 import math

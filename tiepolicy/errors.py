@@ -48,6 +48,10 @@ class DtypeMismatchError(TiePolicyError):
     """A stored tensor has another dtype than the place it is meant for."""
 
 
+class ExternalOwnerError(TiePolicyError):
+    """A tensor that belongs to another model is not the one that was recorded."""
+
+
 class ManifestError(TiePolicyError):
     """A manifest is not one this version can trust."""
 

@@ -1,4 +1,4 @@
-"""Step 11, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
+"""Step 16, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
 
 A plugin is any object or module with functions of these names:
 
@@ -18,6 +18,7 @@ import pluggy
 from torch import nn
 
 from tiepolicy._claims import Claim
+from tiepolicy._conflict import Conflict, Resolution
 from tiepolicy._observe import Facts
 from tiepolicy._plan import TiePlan
 from tiepolicy._verdicts import Verdict
@@ -69,6 +70,22 @@ def tiepolicy_canonical(group: tuple[str, ...], claims: tuple[Claim, ...], facts
 
     Returns:
         A name of the group from which all others can be rebuilt, or None to leave the choice to others.
+    """
+
+
+@hookspec(firstresult=True)
+def tiepolicy_resolve(conflict: Conflict) -> Resolution | None:
+    """Choose what becomes of two values of one tensor. The first answer that is not None counts.
+
+    Asked where `TieConflictError` would be raised: by `TiePlan.compact`, `expand` and `retie`, by `tiepolicy.tie`, and
+    by loaders that find two values in a checkpoint.
+
+    Args:
+        conflict: The two names, and where their values differ.
+
+    Returns:
+        `Resolution.keep(name)` with one of the two names, `Resolution.untie()` to keep both values apart, or None to
+        leave the decision to others, and the error if nobody decides.
     """
 
 

@@ -77,6 +77,7 @@ def load(
         check_files(folder, records, sorted(records)[rank() :: num_ranks()], verify=verify)
         metadata = read_metadata(folder)
         actions = reconcile(plan, _saved(folder, metadata))
+        _check_owners(folder, actions)
         _check_optimizer(wanted, _specs(metadata, "optimizer."))
         return actions, read_extra(folder) if (folder / MANIFEST).exists() else {}
 
@@ -115,6 +116,16 @@ def _saved(folder: Path, metadata: Metadata) -> TiePlan | dict[str, TensorSpec]:
             names=[different],
         )
     return manifest
+
+
+def _check_owners(folder: Path, actions: Sequence[Action]) -> None:
+    """This loader reads from one folder only; what another model owns would silently stay as it is."""
+    for action in actions:
+        if action.kind is ActionKind.EXTERNAL:
+            raise CheckpointError(
+                f"{action.name} {action.note} and is to be taken from there, which loading {folder} into a live model "
+                "does not do. Nothing was loaded. Load it into a plain model and use TiePlan.expand(..., external=...)"
+            )
 
 
 def _check_optimizer(wanted: Mapping[str, torch.Tensor], saved: Mapping[str, TensorSpec]) -> None:

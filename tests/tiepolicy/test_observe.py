@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiepolicy
 from models import TiedPair, tiny_llama
+from strategies import memory_dicts
 from tiepolicy.errors import ObservationError
 
 
@@ -86,6 +88,34 @@ def test_planning_reads_no_data():
     model = tiny_llama(tie_word_embeddings=True)
     with CountedOperations() as counted:
         tiepolicy.plan(model)
+    assert [] == counted.operations
+
+
+@given(memory_dicts())
+def test_planning_any_memory_reads_no_data(tensors):
+    owner = {"owner": next(iter(tensors.values()))}
+    with CountedOperations() as counted:
+        plan = tiepolicy.plan(tensors, external={"other": owner})
+        plan.to_manifest()
+        plan.verify(tensors)
+    assert [] == counted.operations
+
+
+def test_planning_synchronises_no_device(monkeypatch):
+    waits = []
+    for module in (torch.cuda, torch.accelerator, torch.cpu):
+        monkeypatch.setattr(module, "synchronize", lambda *arguments, **options: waits.append(arguments))
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(tensor))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: waits.append(tensor))
+    tiepolicy.plan(tiny_llama(tie_word_embeddings=True))
+    assert [] == waits
+
+
+def test_leaving_out_what_still_is_one_tensor_reads_no_data():
+    state_dict = tiny_llama(tie_word_embeddings=True).state_dict()
+    with CountedOperations() as counted:
+        plan = tiepolicy.plan(state_dict)
+        plan.expand(plan.compact(state_dict))
     assert [] == counted.operations
 
 

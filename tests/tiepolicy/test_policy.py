@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tiepolicy
 import tiepolicy_hf._plugin
 from models import FlaggedPair, TiedPair
-from strategies import view_dicts
+from strategies import memory_dicts, view_dicts
 from tiepolicy import Claim, Policy, Verdict, hookimpl
 from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
 
@@ -66,6 +66,38 @@ def test_no_plugin_can_make_compact_lose_a_byte(state_dict, seed):
     expanded = plan.expand(plan.compact(state_dict))
     assert set(state_dict) == set(expanded)
     assert all(torch.equal(state_dict[name], expanded[name]) for name in state_dict)
+
+
+class TrueClaims:
+    """Claims at random, and leaves every decision to the facts."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    @hookimpl
+    def tiepolicy_claims(self, facts):
+        names = sorted(facts)
+        pairs = [self.random.sample(names, 2) for _ in range(5)] if len(names) > 1 else []
+        return [Claim(tuple(pair), self.random.choice(["declared", "user"]), "chance") for pair in pairs]
+
+
+@given(memory_dicts(), st.integers())
+def test_claims_never_change_what_has_to_be_stored(tensors, seed):
+    """They may choose which of equal names; the number of stored tensors is a fact."""
+    claimed = Policy(plugins=[TrueClaims(seed)]).plan(tensors)
+    assert len(tiepolicy.plan(tensors).stored()) == len(claimed.stored())
+
+
+def test_a_part_of_two_overlapping_tensors_may_be_claimed_of_both():
+    buffer = torch.arange(10.0)
+
+    class Both:
+        @hookimpl
+        def tiepolicy_claims(self):
+            return [Claim(("left", "part"), "user", "me"), Claim(("right", "part"), "user", "me")]
+
+    plan = Policy(plugins=[Both()]).plan({"left": buffer[:6], "right": buffer[4:], "part": buffer[4:6]})
+    assert [("right", "part")] == [group.names for group in plan.groups]
 
 
 def test_a_plugin_may_choose_the_stored_name():

@@ -19,7 +19,7 @@ EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
     [
         (True, 8, False, False, Reason.SHAPE_MISMATCH),
         (True, 12, True, True, Reason.SAME_OBJECT),
-        (True, 12, False, False, Reason.STORAGE_DISJOINT),
+        (True, 12, False, False, Reason.DECLARED_NOT_TIED),
         (False, 12, True, True, Reason.SAME_OBJECT),
     ],
 )
@@ -56,7 +56,7 @@ def test_tensors_of_their_own_are_never_aliases_whatever_the_flag_says(vocab_siz
             flag=flag, vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size
         )
     plan = tiepolicy.plan(model)
-    expected = Reason.SHAPE_MISMATCH if vocab_size != draft_vocab_size else Reason.STORAGE_DISJOINT
+    expected = Reason.SHAPE_MISMATCH if vocab_size != draft_vocab_size else Reason.DECLARED_NOT_TIED
     assert () == plan.groups
     assert ([expected] if flag else []) == [refusal.verdict.reason for refusal in plan.refused]
 

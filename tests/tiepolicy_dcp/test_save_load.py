@@ -396,3 +396,16 @@ def rebuilt(metadata, old, new):
     assert changed[2:3] == b"\x95"
     length = int.from_bytes(changed[3:11], "little") + len(new) - len(old)
     return changed[:3] + length.to_bytes(8, "little") + changed[11:]
+
+
+def test_what_another_model_owns_is_not_written_and_not_left_as_it_is(tmp_path):
+    """Loading says so, where the draft would otherwise keep random weights."""
+    target, draft = TiedPair(), FlaggedPair(flag=False, vocab_size=12, draft_vocab_size=5, hidden_size=4)
+    draft.embed_tokens = target.embed_tokens
+    plan = tiepolicy.plan(draft, external={"target": target}, digests=True)
+    tiepolicy_dcp.save(tmp_path / "draft", model=draft, plan=plan)
+    fresh = FlaggedPair(flag=False, vocab_size=12, draft_vocab_size=5, hidden_size=4)
+    before = fresh.lm_head.weight.detach().clone()
+    with pytest.raises(CheckpointError, match=f"{EMBED} belongs to target:{EMBED} and is to be taken from there"):
+        tiepolicy_dcp.load(tmp_path / "draft", model=fresh)
+    assert torch.equal(before, fresh.lm_head.weight.detach())

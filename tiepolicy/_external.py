@@ -1,0 +1,144 @@
+"""Step 11, owners: tensors of a model that belong to another model, and how they are taken from there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tiepolicy._evidence import View, relate, view_within
+from tiepolicy._facts import TensorSpec
+from tiepolicy._memory import sharing
+from tiepolicy._observe import Facts, observe
+from tiepolicy._values import content_digest, view_of
+from tiepolicy._verdicts import Reason
+from tiepolicy.errors import ExternalOwnerError, MissingTensorError, ShapeMismatchError
+
+#: Models, or mappings of tensors, by the name under which a plan knows them.
+Owners = Mapping[str, nn.Module | Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExternalTie:
+    """A stored name whose tensor is, or lies within, a tensor of another model."""
+
+    name: str
+    #: What the other model is called: the key in `external`.
+    owner: str
+    #: The name of the tensor there.
+    owner_name: str
+    #: Of the tensor in the other model.
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    #: How the tensor lies within the owner's; None if it is the whole of it.
+    view: View | None = None
+    #: SHA-256 of the elements under `name`, as hexadecimal; None if nobody asked for it. Without it `compact` keeps
+    #: the tensor, as nothing could prove later that the owner still has it.
+    digest: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Owner and name there: `target:embed_tokens.weight`."""
+        return f"{self.owner}:{self.owner_name}"
+
+
+def find_external(names: tuple[str, ...], facts: Facts, external: Owners, *, digests: bool) -> list[ExternalTie]:
+    """The names whose tensors other models own, by object and memory; linear in the names of all models."""
+    owners = [(owner, observe(model)) for owner, model in sorted(external.items())]
+    wanted = set(names)
+    places = [("", facts, name) for name in names]
+    places += [(owner, theirs, name) for owner, theirs in owners for name in sorted(theirs)]
+    found: dict[str, ExternalTie] = {}
+    for positions in sharing([held.tensor(name) for _, held, name in places]):
+        members = [places[position] for position in positions]
+        theirs = sorted((member for member in members if member[0]), key=lambda member: (member[0], member[2]))
+        for owner, held, name in members:
+            if not owner and name in wanted:
+                tie = _tie(name, held, theirs)
+                if tie is not None:
+                    found[name] = tie
+    if digests:
+        found = {name: _with_digest(tie, facts.tensor(name)) for name, tie in found.items()}
+    return [found[name] for name in sorted(found)]
+
+
+def take(tie: ExternalTie, external: Owners) -> torch.Tensor:
+    """The tensor of another model that a name stands for: that tensor itself, or a view of it.
+
+    Raises:
+        MissingTensorError: If the model is not given, or has no such tensor.
+        ShapeMismatchError: If the tensor there has another shape or dtype than was recorded.
+        ExternalOwnerError: If its elements are not those that were recorded.
+    """
+    if tie.owner not in external:
+        raise MissingTensorError(
+            f"{tie.name} is not stored, as it belongs to the model {tie.owner!r} ({tie.source}); give that model: "
+            f"external={{{tie.owner!r}: ...}}",
+            names=[tie.name],
+        )
+    held = observe(external[tie.owner])
+    if tie.owner_name not in held:
+        raise MissingTensorError(
+            f"{tie.name} belongs to {tie.source}, but the model given as {tie.owner!r} has no {tie.owner_name}; give "
+            "the model that the plan was made with",
+            names=[tie.name],
+        )
+    tensor = held.tensor(tie.owner_name)
+    if (tuple(tensor.shape), tensor.dtype) != (tie.shape, tie.dtype):
+        raise ShapeMismatchError(
+            f"{tie.name} belongs to {tie.source}, which was {tie.shape} {tie.dtype} and is {tuple(tensor.shape)} "
+            f"{tensor.dtype} in the model given; give the model that the plan was made with",
+            names=[tie.name],
+        )
+    taken = view_of(tensor, tie.view)
+    check_digest(tie, taken)
+    return taken
+
+
+def check_digest(tie: ExternalTie, tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose elements are not those of the owner when the plan was made.
+
+    Raises:
+        ExternalOwnerError: If the digests differ.
+    """
+    if tie.digest is not None and content_digest(tensor) != tie.digest:
+        raise ExternalOwnerError(
+            f"{tie.name} {tuple(tensor.shape)} belongs to {tie.source}, but its elements are not those of the plan: "
+            f"expected SHA-256 {tie.digest[:12]}, found {content_digest(tensor)[:12]}. Give the model that the plan "
+            "was made with, or plan anew if it was trained since",
+            names=[tie.name],
+        )
+
+
+def spec_of(tie: ExternalTie) -> TensorSpec:
+    """Shape and dtype of what the name itself stands for."""
+    return TensorSpec(tie.shape if tie.view is None else tie.view.shape, tie.dtype)
+
+
+def _tie(name: str, facts: Facts, candidates: list[tuple[str, Facts, str]]) -> ExternalTie | None:
+    """The first tensor of another model that is the whole of one of ours, else the first that contains it."""
+    fact, part = facts[name], None
+    for owner, theirs, owner_name in candidates:
+        whole = theirs[owner_name]
+        reason = relate(whole, fact)
+        view = view_within(whole, fact) if reason is Reason.VIEW_OF else None
+        tie = ExternalTie(
+            name=name, owner=owner, owner_name=owner_name, shape=whole.shape, dtype=whole.dtype, view=view
+        )
+        if reason in (Reason.SAME_OBJECT, Reason.SAME_STORAGE):
+            return tie
+        if reason is Reason.VIEW_OF:
+            part = part or tie
+    return part
+
+
+def _with_digest(tie: ExternalTie, tensor: torch.Tensor) -> ExternalTie:
+    return ExternalTie(
+        name=tie.name,
+        owner=tie.owner,
+        owner_name=tie.owner_name,
+        shape=tie.shape,
+        dtype=tie.dtype,
+        view=tie.view,
+        digest=content_digest(tensor),
+    )
