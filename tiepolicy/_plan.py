@@ -50,8 +50,8 @@ class TiePlan:
         return places
 
     @functools.cached_property
-    def _owned_elsewhere(self) -> dict[str, ExternalTie]:
-        """The external ties that `compact` leaves out, by name."""
+    def owned_elsewhere(self) -> dict[str, ExternalTie]:
+        """The external ties that `compact` leaves out, by name; no checkpoint of the model holds these names."""
         return {tie.name: tie for tie in self.external if tie.digest is not None}
 
     @functools.cached_property
@@ -75,7 +75,7 @@ class TiePlan:
     def bytes_saved(self) -> int:
         """Bytes that a checkpoint of the whole model saves by what `compact` leaves out."""
         tied = sum(self.tensors[alias.name].nbytes for group in self.groups for alias in group.aliases)
-        return tied + sum(self.tensors[name].nbytes for name in self._owned_elsewhere)
+        return tied + sum(self.tensors[name].nbytes for name in self.owned_elsewhere)
 
     def canonical(self, name: str) -> str:
         """The name under which the tensor called `name` is stored: itself unless it is an alias."""
@@ -84,7 +84,7 @@ class TiePlan:
 
     def stored(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor that a checkpoint of the whole model holds, by name."""
-        left_out = self._owned_elsewhere
+        left_out = self.owned_elsewhere
         return {
             name: spec for name, spec in self.tensors.items() if self.canonical(name) == name and name not in left_out
         }
@@ -140,7 +140,7 @@ class TiePlan:
                     if kept is not None:
                         compacted[group.canonical] = compacted[kept]
                         del compacted[alias.name]
-        for name, tie in self._owned_elsewhere.items():
+        for name, tie in self.owned_elsewhere.items():
             if name in compacted:
                 check_digest(tie, compacted[name])
                 del compacted[name]
@@ -164,7 +164,7 @@ class TiePlan:
             ExternalOwnerError: If the model given does not hold what was recorded.
         """
         expanded = dict(compacted)
-        for name, tie in self._owned_elsewhere.items():
+        for name, tie in self.owned_elsewhere.items():
             if name not in compacted:
                 expanded[name] = take(tie, external or {})
         for group in self.groups:
