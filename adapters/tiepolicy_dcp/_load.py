@@ -105,9 +105,10 @@ def _saved(folder: Path, metadata: Metadata) -> TiePlan | dict[str, TensorSpec]:
     manifest = read_manifest(folder)
     if manifest is None:
         return stored
-    # An alias that is the whole of its tensor has an entry of its own there; a view has none.
-    views = {alias.name for group in manifest.groups for alias in group.aliases if alias.view is not None}
-    expected = {name: spec for name, spec in manifest.tensors.items() if name not in views}
+    # An alias that is the whole of its tensor has an entry of its own there; a view, or what another model owns, none.
+    absent = {alias.name for group in manifest.groups for alias in group.aliases if alias.view is not None}
+    absent |= {name for name in manifest.tensors if manifest.canonical(name) in manifest.owned_elsewhere}
+    expected = {name: spec for name, spec in manifest.tensors.items() if name not in absent}
     if expected != stored:
         different = min(set(expected.items()) ^ set(stored.items()), key=lambda item: item[0])[0]
         raise ManifestError(
