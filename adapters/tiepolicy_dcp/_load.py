@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import Action, ActionKind, TensorSpec, TiePlan, first_difference, reconcile, view_of
+from tiepolicy import (
+    Action,
+    ActionKind,
+    Conflict,
+    Moment,
+    TensorSpec,
+    TiePlan,
+    first_difference,
+    reconcile,
+    settle,
+    view_of,
+)
 from tiepolicy.errors import ManifestError, MissingTensorError, ShapeMismatchError, TieConflictError
 from tiepolicy_dcp._digests import Verify, check_files, read_digests
 from tiepolicy_dcp._extra import read_extra
@@ -60,7 +71,8 @@ def load(
         MissingTensorError: If nothing in the checkpoint holds a tensor of the model or its optimizer state.
         ShapeMismatchError: If what holds it has another shape.
         DtypeMismatchError: If what holds it has another dtype.
-        TieConflictError: If the checkpoint holds different values for names that are one tensor in the model.
+        TieConflictError: If the checkpoint holds different values for names that are one tensor in the model, and no
+            plugin chooses one.
         PlanMismatchError: If ranks made different plans.
         ManifestError: If the manifest contradicts itself or the metadata.
         CheckpointError: If the folder is no checkpoint, is damaged, or asks for more than reading tensors.
@@ -82,8 +94,7 @@ def load(
         return actions, read_extra(folder) if (folder / MANIFEST).exists() else {}
 
     actions, extra = on_all_ranks(check)[0]
-    _check_conflicts(folder, actions, live, plan)
-    _read_model(folder, actions, live)
+    _read_model(folder, _settle_conflicts(folder, actions, live, plan), live)
     model_state.load_state_dict(live)
     if optimizer_state is not None:
         _read(folder, {f"optimizer.{name}": tensor for name, tensor in wanted.items()})
@@ -146,23 +157,41 @@ def _check_optimizer(wanted: Mapping[str, torch.Tensor], saved: Mapping[str, Ten
             )
 
 
-def _check_conflicts(folder: Path, actions: Sequence[Action], live: Mapping[str, torch.Tensor], plan: TiePlan) -> None:
-    """Read the stored tensors that are one in the model aside, and compare them, before the model is touched."""
-    first_of = {action.name: action for action in actions if action.kind is not ActionKind.COMPARE}
+def _settle_conflicts(
+    folder: Path, actions: Sequence[Action], live: Mapping[str, torch.Tensor], plan: TiePlan
+) -> list[Action]:
+    """Read the stored tensors that are one in the model aside, and compare them, before the model is touched.
+
+    Returns:
+        The actions that fill the model; where a plugin prefers the value of an alias, it is loaded instead.
+    """
+    fill = {action.name: action for action in actions if action.kind is not ActionKind.COMPARE}
     for action in actions:
         if action.kind is ActionKind.COMPARE:
             owner = plan.canonical(action.name)
             first = torch.empty_like(live[owner])
             second = torch.empty_like(plan.expand({owner: live[owner]})[action.name])
-            _read(folder, {f"model.{first_of[owner].saved}": first, f"model.{action.saved}": second})
+            _read(folder, {f"model.{fill[owner].saved}": first, f"model.{action.saved}": second})
             difference = first_difference(plan.expand({owner: first})[action.name], second)
             if difference is not None:
-                raise TieConflictError(
-                    f"the checkpoint holds two values for one tensor of the model: {first_of[owner].saved} and "
-                    f"{action.saved} differ, {difference}. Nothing was loaded. Untie the model to keep both, or delete "
-                    "one of the two from the checkpoint",
-                    names=[first_of[owner].saved, action.saved],
-                )
+                fill[owner] = _settled(fill[owner], action, difference, plan)
+    return list(fill.values())
+
+
+def _settled(first: Action, second: Action, difference: str, plan: TiePlan) -> Action:
+    """What to load where two stored values differ that are one tensor in the model."""
+    whole = second.name in {alias.name for alias in plan.whole_aliases(first.name)}
+    conflict = Conflict(
+        canonical=first.saved, alias=second.saved, difference=difference, moment=Moment.LOAD, whole=whole
+    )
+    kept = settle(conflict, plan.resolver)
+    if kept is None:
+        raise TieConflictError(
+            f"a plugin wants {first.saved} and {second.saved} untied, but they are one tensor in the model: untie the "
+            "model before its plan is made. Nothing was loaded",
+            names=conflict.names,
+        )
+    return first if kept == first.saved else replace(first, kind=ActionKind.LOAD, saved=second.saved, view=None)
 
 
 def _read_model(folder: Path, actions: Sequence[Action], live: Mapping[str, torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ import tiepolicy
 import tiepolicy_dcp
 import tiepolicy_hf._plugin
 from models import FlaggedPair, HeadFirst, TiedPair, train_steps
-from tiepolicy import Policy, Verdict, hookimpl
+from tiepolicy import Policy, Resolution, Verdict, hookimpl
 from tiepolicy.errors import (
     DtypeMismatchError,
     ManifestError,
@@ -160,11 +160,37 @@ def test_two_stored_values_for_one_live_tensor_are_a_conflict_and_the_model_is_u
     tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(tied=False))
     model = TiedPair()
     before = model.lm_head.weight.clone()
-    with pytest.raises(
-        TieConflictError, match="two values for one tensor of the model: embed_tokens.weight and lm_head"
-    ):
+    message = "lm_head.weight and embed_tokens.weight are one tensor in the model, but their values differ: first at"
+    with pytest.raises(TieConflictError, match=message):
         tiepolicy_dcp.load(tmp_path / "c", model=model)
     assert torch.equal(before, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("kept", [EMBED, HEAD])
+def test_a_plugin_may_choose_which_of_two_stored_values_is_loaded(tmp_path, kept):
+    class Chooses:
+        @hookimpl
+        def tiepolicy_resolve(self, conflict):
+            return Resolution.keep(kept)
+
+    saved = TiedPair(tied=False)
+    tiepolicy_dcp.save(tmp_path / "c", model=saved)
+    model = TiedPair()
+    tiepolicy_dcp.load(tmp_path / "c", model=model, plan=Policy(plugins=[Chooses()]).plan(model))
+    assert torch.equal(saved.state_dict()[kept], model.lm_head.weight)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_a_plugin_cannot_untie_a_live_model_by_loading(tmp_path):
+    class Unties:
+        @hookimpl
+        def tiepolicy_resolve(self):
+            return Resolution.untie()
+
+    tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(tied=False))
+    model = TiedPair()
+    with pytest.raises(TieConflictError, match="untie the model before its plan is made. Nothing was loaded"):
+        tiepolicy_dcp.load(tmp_path / "c", model=model, plan=Policy(plugins=[Unties()]).plan(model))
 
 
 def test_two_stored_names_with_equal_bits_load_into_a_tie(tmp_path):
