@@ -141,6 +141,25 @@ def meta_models(draw: st.DrawFn) -> nn.Module:
         )
 
 
+@st.composite
+def external_models(draw: st.DrawFn) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A draft and the models to plan it with, of which one may own its embedding: `plan(draft, external=owners)`."""
+    vocab_size, hidden_size = draw(small_sizes()), draw(small_sizes())
+    target = FlaggedPair(
+        flag=draw(st.booleans()),
+        vocab_size=vocab_size,
+        draft_vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        tied=draw(st.booleans()),
+    )
+    draft = FlaggedPair(
+        flag=draw(st.booleans()), vocab_size=vocab_size, draft_vocab_size=draw(small_sizes()), hidden_size=hidden_size
+    )
+    if draw(st.booleans()):
+        draft.embed_tokens = target.embed_tokens
+    return draft, {"target": target}
+
+
 def models() -> st.SearchStrategy[nn.Module]:
     """All of them, small and simple ones first."""
     return st.one_of(

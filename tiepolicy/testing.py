@@ -19,6 +19,7 @@ from tiepolicy._cases import FlaggedPair as FlaggedPair
 from tiepolicy._cases import chain_tied_models as chain_tied_models
 from tiepolicy._cases import claims as claims
 from tiepolicy._cases import dtypes as dtypes
+from tiepolicy._cases import external_models as external_models
 from tiepolicy._cases import flagged_models as flagged_models
 from tiepolicy._cases import meta_models as meta_models
 from tiepolicy._cases import models as models

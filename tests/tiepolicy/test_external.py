@@ -12,6 +12,7 @@ from models import TiedPair
 from strategies import small_sizes
 from tiepolicy import ActionKind, Reason, TensorSpec, TiePlan, View, reconcile
 from tiepolicy.errors import ExternalOwnerError, ManifestError, MissingTensorError, ShapeMismatchError, TiePolicyError
+from tiepolicy.testing import external_models
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -29,6 +30,20 @@ def bound(**sizes):
     target = TiedPair(**sizes)
     draft = Draft(target)
     return target, draft, tiepolicy.plan(draft, external={"target": target}, digests=True)
+
+
+@given(external_models())
+def test_a_draft_is_complete_again_whatever_its_target_owns_of_it(models):
+    """Every bit comes back: what is stored from the checkpoint, what is not from its owner."""
+    draft, owners = models
+    plan = tiepolicy.plan(draft, external=owners, digests=True)
+    owned = {EMBED} if draft.embed_tokens is owners["target"].embed_tokens else set()
+    assert owned == {tie.name for tie in plan.external}
+    small = plan.compact(draft.state_dict())
+    full = plan.expand(small, external=owners)
+    assert owned.isdisjoint(small)
+    assert set(draft.state_dict()) == set(full)
+    assert [True] * len(full) == [torch.equal(tensor, full[name]) for name, tensor in draft.state_dict().items()]
 
 
 @given(small_sizes(), small_sizes())
