@@ -86,3 +86,9 @@ def test_transformers_is_imported_by_the_trainer_only():
     for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf"):
         used = {name.split(".")[0] for path in PACKAGES[package][0].glob("*.py") for name in imported(path)}
         assert "transformers" not in used
+
+
+def test_no_two_test_files_have_one_name():
+    """They are imported by name alone, so the second would be taken for the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
