@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from tiepolicy._evidence import View, relate, view_within
-from tiepolicy._facts import TensorSpec
 from tiepolicy._memory import sharing
 from tiepolicy._observe import Facts, observe
 from tiepolicy._values import content_digest, view_of
@@ -108,11 +107,6 @@ def check_digest(tie: ExternalTie, tensor: torch.Tensor) -> None:
             "was made with, or plan anew if it was trained since",
             names=[tie.name],
         )
-
-
-def spec_of(tie: ExternalTie) -> TensorSpec:
-    """Shape and dtype of what the name itself stands for."""
-    return TensorSpec(tie.shape if tie.view is None else tie.view.shape, tie.dtype)
 
 
 def _tie(name: str, facts: Facts, candidates: list[tuple[str, Facts, str]]) -> ExternalTie | None:
