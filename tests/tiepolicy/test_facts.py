@@ -169,6 +169,7 @@ def sharded(local, mesh, rows):
     return DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size((rows, 2)), stride=(2, 1), run_check=False)
 
 
+@pytest.mark.survey("T08")
 def test_empty_local_shards_are_evidence_of_nothing_and_identity_decides(mesh):
     """Both pointers are 0 on this rank; on the others the two are plainly apart."""
     embed, head = (sharded(torch.empty(0, 2), mesh, 3) for _ in range(2))

@@ -191,6 +191,7 @@ def test_today_to_meta_unties():
     assert model.lm_head.weight is not model.embed_tokens.weight
 
 
+@pytest.mark.survey("T38")
 @pytest.mark.parametrize("steps", [["meta"], ["meta", "to_empty"]])
 def test_a_conversion_that_unties_is_found_and_undone(steps):
     model = TiedPair()
@@ -213,6 +214,7 @@ def test_a_conversion_that_keeps_the_tie_is_let_pass(convert):
     assert converted.lm_head.weight is converted.embed_tokens.weight
 
 
+@pytest.mark.survey("T64")
 def test_shared_buffers_are_tied_untied_by_to_empty_and_tied_again():
     model = nn.ModuleDict({"a": nn.BatchNorm1d(2), "b": nn.BatchNorm1d(2)})
     model["b"].running_mean = model["a"].running_mean
