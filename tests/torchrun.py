@@ -3,7 +3,11 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch.distributed as dist
 
 
 def torchrun(*arguments: str | Path, num_processes: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -30,3 +34,18 @@ def torchrun(*arguments: str | Path, num_processes: int, timeout: float = 240) -
         timeout=timeout,
         check=False,
     )
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started; the process ends with the block, 0 if it went through.
+
+    gloo's threads may still hold tensors of the last collective. One that lets go of them while the interpreter shuts
+    down aborts a process whose work is done ("terminate called without an active exception", torch 2.13).
+    """
+    dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

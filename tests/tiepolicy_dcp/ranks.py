@@ -14,6 +14,7 @@ import tiepolicy
 import tiepolicy_dcp
 from models import TiedPair, train_steps
 from tiepolicy.errors import TiePolicyError
+from torchrun import process_group
 
 
 def sharded(*, seed: int) -> nn.Module:
@@ -78,10 +79,9 @@ def plan_fails_on_rank_1(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    try:
-        globals()[sys.argv[1]](Path(sys.argv[2]))
-    except TiePolicyError as error:
-        print(f"rank {dist.get_rank()}: {type(error).__name__}: {error}\n", end="", flush=True)
-    dist.destroy_process_group()
+    with process_group():
+        torch.manual_seed(0)
+        try:
+            globals()[sys.argv[1]](Path(sys.argv[2]))
+        except TiePolicyError as error:
+            print(f"rank {dist.get_rank()}: {type(error).__name__}: {error}\n", end="", flush=True)
