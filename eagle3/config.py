@@ -28,10 +28,12 @@ class DataConfig:
 
     Args:
         train: JSONL file; each line has `messages`, or ShareGPT `conversations`.
+        validation: File of the same kind whose conversations are only measured; null for none.
         max_length: In tokens; what is longer loses its end.
     """
 
     train: str
+    validation: str | None = None
     max_length: int = 2048
 
     def __post_init__(self) -> None:
@@ -60,14 +62,20 @@ class UnrollConfig:
     Args:
         steps: Tokens it proposes in a row.
         decay: Weight of each step's loss over that of the step before.
+        loss: What is minimized: `soft_cross_entropy` against the target's distribution over the draft's vocabulary, or
+            a loss of the acceptance rate itself (arXiv 2602.23881): `lk_alpha`, its negative logarithm, or `lk_lambda`,
+            its complement mixed with the divergence.
+        lk_decay: Of `lk_lambda`: how fast the divergence loses weight as the acceptance rate grows.
     """
 
     steps: int = 7
     decay: float = 0.8
+    loss: Literal["soft_cross_entropy", "lk_alpha", "lk_lambda"] = "soft_cross_entropy"
+    lk_decay: float = 3.0
 
     def __post_init__(self) -> None:
-        _require_positive("unroll.steps", self.steps)
-        _require_positive("unroll.decay", self.decay)
+        for name in ("steps", "decay", "lk_decay"):
+            _require_positive(f"unroll.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,29 +84,77 @@ class TrainConfig:
 
     Args:
         epochs: Passes over the data.
-        batch_size: Conversations per process and step.
+        batch_size: Conversations per process that are in memory together.
+        accumulate: Such batches per process and optimizer step. The step's loss is one mean over all of them.
         lr: Peak learning rate of AdamW.
         warmup_ratio: Share of the steps in which the learning rate rises to its peak; then it falls as a cosine to 0.
-        weight_decay: Of AdamW.
+        weight_decay: Of AdamW; the weights of norms have none.
         max_grad_norm: Longer gradients are shortened to it.
+        precision: In which the draft computes; weights, gradients and optimizer are always float32. Null for bfloat16
+            on a GPU and float32 on the CPU.
+        validate_every: Steps between looks at `data.validation`, beside one before each checkpoint; null for none.
+        deterministic: Use only operations that give the same bits each time; slower on a GPU.
         seed: Of the draft's first weights and the order of the data.
         log_every: Steps between log lines.
     """
 
     epochs: int = 1
     batch_size: int = 1
+    accumulate: int = 1
     lr: float = 1e-4
     warmup_ratio: float = 0.015
     weight_decay: float = 0.0
     max_grad_norm: float = 0.5
+    precision: Literal["float32", "bfloat16"] | None = None
+    validate_every: int | None = None
+    deterministic: bool = False
     seed: int = 0
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "max_grad_norm", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "lr", "max_grad_norm", "log_every"):
             _require_positive(f"train.{name}", getattr(self, name))
+        if self.validate_every is not None:
+            _require_positive("train.validate_every", self.validate_every)
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}, but must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes that torchrun starts share the work; alone, a process needs none of it.
+
+    Args:
+        kind: `data`: each process holds the whole draft (DDP). `shard`: each holds a part of its weights, gradients and
+            optimizer (FSDP2). `hybrid`: groups of `shard_size` processes shard it, and each group holds the whole.
+        shard_size: Processes of a group of `hybrid`; null for those of one machine.
+    """
+
+    kind: Literal["data", "shard", "hybrid"] = "data"
+    shard_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_size is None:
+            return
+        _require_positive("parallel.shard_size", self.shard_size)
+        if self.kind != "hybrid":
+            raise ConfigError(
+                f"parallel.shard_size is {self.shard_size}, but parallel.kind is {self.kind}: only hybrid has groups. "
+                "Leave out the one, or set the other to hybrid."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where numbers go, beside `metrics.jsonl` and the log lines.
+
+    Args:
+        tensorboard: Also write them to `tensorboard/` of the run.
+        wandb: Project of Weights & Biases to send them to; needs its package and account. Null for none.
+    """
+
+    tensorboard: bool = True
+    wandb: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +163,24 @@ class CheckpointConfig:
 
     Args:
         every_steps: Steps between checkpoints within an epoch; null for none.
+        keep_last: Newest checkpoints that are kept; null for all.
+        keep_best: Checkpoints with the longest accept length on `data.validation` that are kept as well; null for none.
         save_consolidated: Also write the draft as one `model.safetensors` in each checkpoint.
-        restore_from: `LATEST`, a checkpoint's name, or a path, to go on from; null to start afresh.
+        async_save: Go on training while a checkpoint is written; takes room for a copy of it in memory.
+        restore_from: `LATEST`, `BEST`, a checkpoint's name, or a path, to go on from; null to start afresh.
     """
 
     every_steps: int | None = None
+    keep_last: int | None = None
+    keep_best: int | None = None
     save_consolidated: bool = False
+    async_save: bool = False
     restore_from: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every_steps is not None:
-            _require_positive("checkpoint.every_steps", self.every_steps)
+        for name in ("every_steps", "keep_last", "keep_best"):
+            if getattr(self, name) is not None:
+                _require_positive(f"checkpoint.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +194,8 @@ class RunConfig:
         draft: The draft.
         unroll: How far the draft is trained on its own states.
         train: The optimization.
+        parallel: How processes share the work.
+        log: Where numbers go.
         checkpoint: What is kept of the run.
     """
 
@@ -140,7 +205,20 @@ class RunConfig:
     draft: DraftConfig = field(default_factory=DraftConfig)
     unroll: UnrollConfig = field(default_factory=UnrollConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("train.validate_every", self.train.validate_every),
+            ("checkpoint.keep_best", self.checkpoint.keep_best),
+        ):
+            if value is not None and self.data.validation is None:
+                raise ConfigError(
+                    f"{name} is {value}, but data.validation is not set, so there is nothing to measure. Set "
+                    f"data.validation, or leave out {name}."
+                )
 
 
 def _require_positive(name: str, value: float, demand: str = "must be above 0") -> None:

@@ -1,33 +1,65 @@
-"""Step 8: scores the draft's states against the teacher: soft cross-entropy without kept logits, and counts.
+"""Step 8: scores the draft's states against the teacher: losses without kept logits, and counts.
 
-Shape suffixes: P (row, step) pairs, D draft vocabulary, H draft hidden, M teacher rows, S unroll steps, N rows.
+Shape suffixes: P (row, step) pairs, C pairs of one chunk, D draft vocabulary, H draft hidden, M teacher rows, S unroll
+steps, N rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def soft_cross_entropy(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What the loss of a pair is.
+
+    Written with p the target's probabilities of the draft vocabulary, p' the same made to sum to 1, q those of the
+    draft, and a = sum_v min(p_v, q_v), the rate at which rejection sampling accepts the draft's token:
+
+    - `soft_cross_entropy` (EAGLE-3, arXiv 2503.01840, section 3): -sum_v p'_v log q_v.
+    - `lk_alpha` (LK losses, arXiv 2602.23881): -log a.
+    - `lk_lambda` (the same paper): w KL(p' || q) + (1 - w) (1 - a) with w = exp(-lk_decay a), through which no gradient
+      flows.
+
+    A pair whose `a` underflows to 0 adds nothing to `lk_alpha`.
+
+    Attributes:
+        kind: One of the three.
+        lk_decay: Of `lk_lambda`.
+    """
+
+    kind: Literal["soft_cross_entropy", "lk_alpha", "lk_lambda"] = "soft_cross_entropy"
+    lk_decay: float = 3.0
+
+    @property
+    def needs_mass(self) -> bool:
+        """Whether p is needed, of which the target's full distribution is a part."""
+        return self.kind != "soft_cross_entropy"
+
+
+SOFT_CROSS_ENTROPY = Objective()
+
+
+def head_loss(
     states_PH: Tensor,
     head_DH: Tensor,
     teacher_logits_MD: Tensor,
     teacher_index_P: Tensor,
     weight_P: Tensor,
     *,
+    objective: Objective = SOFT_CROSS_ENTROPY,
+    mass_M: Tensor | None = None,
     chunk_size: int = 2048,
 ) -> tuple[Tensor, Tensor]:
-    """Sums the weighted cross-entropy of the draft under the teacher's distribution over the draft vocabulary.
+    """Sums the weighted losses of pairs of draft and teacher.
 
-    The loss of a pair is -sum_v p_v log q_v with p the softmax of the teacher's logits restricted to the draft
-    vocabulary (EAGLE-3, arXiv 2503.01840, section 3) and q that of the draft. Logits exist for one chunk of pairs at a
-    time; gradients are computed in the forward pass and only scaled in the backward pass. Zero pairs give a zero loss
-    whose gradients are zeros.
+    Logits exist for one chunk of pairs at a time; gradients are computed in the forward pass and only scaled in the
+    backward pass. Zero pairs give a zero loss whose gradients are zeros.
 
     Args:
         states_PH: The draft's states after its final norm.
@@ -35,20 +67,31 @@ def soft_cross_entropy(
         teacher_logits_MD: The target's logits of the draft vocabulary.
         teacher_index_P: int64, the teacher row of each pair; several pairs may share one.
         weight_P: The weight of each pair.
+        objective: The loss of a pair.
+        mass_M: The share of the target's probability on the draft vocabulary, where the objective needs it.
         chunk_size: Pairs whose logits exist at a time.
 
     Returns:
         The sum of weight times loss, a scalar in float32 or better, and the draft's argmax per pair: (P,) int64, an
         index into the draft vocabulary, the lowest of equal logits.
     """
+    assert mass_M is not None or not objective.needs_mass
     with_gradients = torch.is_grad_enabled() and (states_PH.requires_grad or head_DH.requires_grad)
-    result = _SoftCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch annotates no Function.apply
-        states_PH, head_DH, teacher_logits_MD, teacher_index_P, weight_P, chunk_size, with_gradients
+    result = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch annotates no Function.apply
+        states_PH,
+        head_DH,
+        teacher_logits_MD,
+        teacher_index_P,
+        weight_P,
+        mass_M,
+        objective,
+        chunk_size,
+        with_gradients,
     )
     return cast("tuple[Tensor, Tensor]", result)
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -57,6 +100,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         teacher_logits_MD: Tensor,
         teacher_index_P: Tensor,
         weight_P: Tensor,
+        mass_M: Tensor | None,
+        objective: Objective,
         chunk_size: int,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -73,15 +118,16 @@ class _SoftCrossEntropy(torch.autograd.Function):
         with torch.autocast(states_PH.device.type, enabled=False):
             for start in range(0, len(states_PH), chunk_size):
                 chunk = slice(start, start + chunk_size)
-                states = states_PH[chunk].to(compute)
+                states, index = states_PH[chunk].to(compute), teacher_index_P[chunk]
                 logits = (states @ head.T).to(precise)
                 argmax_P[chunk] = logits.argmax(dim=-1)
-                p = teacher_logits_MD[teacher_index_P[chunk]].to(precise).softmax(dim=-1)
-                log_q = logits.log_softmax(dim=-1)
+                teacher_logits = teacher_logits_MD[index].to(precise)
+                mass = None if mass_M is None else mass_M[index, None].to(precise)
                 weight = weight_P[chunk].to(precise)
-                loss_P[chunk] = -weight * (p * log_q).sum(dim=-1)
+                loss, grad_logits = _pair_losses(logits, teacher_logits, mass, objective)
+                loss_P[chunk] = weight * loss
                 if with_gradients:
-                    grad_logits = log_q.exp_().sub_(p).mul_(weight[:, None]).to(compute)
+                    grad_logits = grad_logits.mul_(weight[:, None]).to(compute)
                     grad_states[chunk] = grad_logits @ head
                     grad_head += grad_logits.T @ states
         if with_gradients:
@@ -100,8 +146,33 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return (
             grad_states * grad_loss.to(grad_states.dtype) if ctx.needs_input_grad[0] else None,
             grad_head * grad_loss.to(grad_head.dtype) if ctx.needs_input_grad[1] else None,
-            *[None] * 5,
+            *[None] * 7,
         )
+
+
+def _pair_losses(
+    logits_CD: Tensor, teacher_logits_CD: Tensor, mass_C1: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss of each pair, (C,), and its gradient by the draft's logits, (C, D), both new."""
+    log_q_CD = logits_CD.log_softmax(dim=-1)
+    if mass_C1 is None or not objective.needs_mass:
+        p_CD = teacher_logits_CD.softmax(dim=-1)
+        return -(p_CD * log_q_CD).sum(dim=-1), log_q_CD.exp_().sub_(p_CD)
+    log_p_CD, q_CD = teacher_logits_CD.log_softmax(dim=-1), log_q_CD.exp()
+    p_CD = log_p_CD.exp()
+    true_p_CD = p_CD * mass_C1
+    accepted_C1 = torch.minimum(true_p_CD, q_CD).sum(dim=-1, keepdim=True)
+    # Of min(p, q) only the part below p follows q, and q sums to 1: its gradient is that of a softmax.
+    rising_CD = q_CD * (q_CD < true_p_CD)
+    grad_accepted_CD = rising_CD - q_CD * rising_CD.sum(dim=-1, keepdim=True)
+    if objective.kind == "lk_alpha":
+        alive_C1 = accepted_C1 > 0
+        loss_C1 = torch.where(alive_C1, -accepted_C1.log(), 0.0)
+        return loss_C1.squeeze(-1), grad_accepted_CD * torch.where(alive_C1, -1 / accepted_C1, 0.0)
+    divergence_C1 = (p_CD * (log_p_CD - log_q_CD)).sum(dim=-1, keepdim=True)
+    share_C1 = (-objective.lk_decay * accepted_C1).exp()
+    loss_C1 = share_C1 * divergence_C1 + (1 - share_C1) * (1 - accepted_C1)
+    return loss_C1.squeeze(-1), share_C1 * (q_CD - p_CD) - (1 - share_C1) * grad_accepted_CD
 
 
 def _compute_dtype(states_PH: Tensor) -> torch.dtype:

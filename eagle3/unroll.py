@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from eagle3.attention import row_attention
 from eagle3.draft import Draft
-from eagle3.loss import StepCounts, soft_cross_entropy
+from eagle3.loss import SOFT_CROSS_ENTROPY, Objective, StepCounts, head_loss
 from eagle3.teacher import Teacher, teach
 
 
@@ -101,13 +101,17 @@ class TrainingTimeTest(nn.Module):
         draft: The draft to train; held, not copied.
         num_steps: Steps of the unroll.
         decay: Step i weighs decay ** i.
+        objective: The loss of one pair.
     """
 
-    def __init__(self, draft: Draft, *, num_steps: int, decay: float = 0.8) -> None:
+    def __init__(
+        self, draft: Draft, *, num_steps: int, decay: float = 0.8, objective: Objective = SOFT_CROSS_ENTROPY
+    ) -> None:
         super().__init__()
         self.draft = draft
         self.num_steps = num_steps
         self.decay = decay
+        self.objective = objective
 
     def forward(
         self, input_ids_BT: Tensor, loss_mask_BT: Tensor, aux_BTA: Tensor, hidden_BTE: Tensor, head_VE: Tensor
@@ -125,7 +129,12 @@ class TrainingTimeTest(nn.Module):
             The sums of this rank's batch.
         """
         plan = plan_rows(loss_mask_BT, self.num_steps)
-        teacher = teach(hidden_BTE.flatten(0, 1).index_select(0, plan.teacher_rows_M), head_VE, self.draft.target_ids())
+        teacher = teach(
+            hidden_BTE.flatten(0, 1).index_select(0, plan.teacher_rows_M),
+            head_VE,
+            self.draft.target_ids(),
+            with_mass=self.objective.needs_mass,
+        )
         states_SNH = self._unroll(input_ids_BT, aux_BTA, plan)
         return self._score(states_SNH, plan, teacher)
 
@@ -170,12 +179,14 @@ class TrainingTimeTest(nn.Module):
         weight_dtype = torch.promote_types(torch.float32, states_SNH.dtype)
         weight_S = self.decay ** torch.arange(self.num_steps, dtype=weight_dtype, device=states_SNH.device)
         weight_P = weight_S[step_P]
-        loss_sum, argmax_P = soft_cross_entropy(
+        loss_sum, argmax_P = head_loss(
             states_SNH.flatten(0, 1).index_select(0, step_P * states_SNH.shape[1] + row_P),
             self.draft.lm_head.weight,
             teacher.logits_MD,
             teacher_P,
             weight_P,
+            objective=self.objective,
+            mass_M=teacher.mass_M,
         )
         hits_SN = torch.zeros_like(carries_loss_SN)
         hits_SN[step_P, row_P] = self.draft.target_ids()[argmax_P] == teacher.argmax_M[teacher_P]

@@ -31,14 +31,27 @@ class Shape:
     rope_theta: float
 
 
-def reference(weights, shape, *, input_ids, loss_mask, aux, hidden, head, num_steps, decay) -> Reference:
+def reference(
+    weights,
+    shape,
+    *,
+    input_ids,
+    loss_mask,
+    aux,
+    hidden,
+    head,
+    num_steps,
+    decay,
+    loss="soft_cross_entropy",
+    lk_decay=3.0,
+) -> Reference:
     total = Reference(torch.zeros((), dtype=torch.float64), 0.0, *([0] * num_steps for _ in range(4)))
     for sequence in zip(input_ids.tolist(), loss_mask.tolist(), aux, hidden, strict=True):
-        _sequence(total, weights, shape, *sequence, head=head, num_steps=num_steps, decay=decay)
+        _sequence(total, weights, shape, *sequence, head=head, num_steps=num_steps, decay=decay, loss=(loss, lk_decay))
     return total
 
 
-def _sequence(total, weights, shape, ids, mask, aux, hidden, *, head, num_steps, decay):
+def _sequence(total, weights, shape, ids, mask, aux, hidden, *, head, num_steps, decay, loss):
     num_rows = len(ids) - 1
     start = [weights["fc.weight"] @ aux[t] for t in range(num_rows)]
     first = [_qkv(weights, shape, ids[t + 1], start[t], position=t) for t in range(num_rows)]
@@ -60,8 +73,7 @@ def _sequence(total, weights, shape, ids, mask, aux, hidden, *, head, num_steps,
             greedy = int(full.argmax())
             hit = mask[c] and greedy in target_ids and target_ids[int(z.argmax())] == greedy
             if mask[c] and greedy in target_ids:
-                p = torch.exp(_log_softmax(full[target_ids]))
-                total.loss_sum = total.loss_sum - decay**step * (p * _log_softmax(z)).sum()
+                total.loss_sum = total.loss_sum + decay**step * _pair_loss(full, target_ids, z, *loss)
                 total.weight_sum += decay**step
             prefix_supervised = prefix_supervised and bool(mask[c])
             prefix_hit = prefix_hit and bool(hit)
@@ -69,6 +81,22 @@ def _sequence(total, weights, shape, ids, mask, aux, hidden, *, head, num_steps,
             total.hits[step] += bool(hit)
             total.chain_rows[step] += prefix_supervised
             total.chain_hits[step] += prefix_hit
+
+
+def _pair_loss(full, target_ids, z, loss, lk_decay):
+    log_q = _log_softmax(z)
+    log_p = _log_softmax(full[target_ids])
+    p = torch.exp(log_p)
+    if loss == "soft_cross_entropy":
+        return -sum(p[j] * log_q[j] for j in range(len(p)))
+    true_p = torch.exp(_log_softmax(full))[target_ids]
+    acceptance = sum(torch.minimum(true_p[j], torch.exp(log_q[j])) for j in range(len(p)))
+    if loss == "lk_alpha":
+        return -torch.log(acceptance)
+    assert loss == "lk_lambda"
+    w = torch.exp(-lk_decay * acceptance.detach())
+    divergence = sum(p[j] * (log_p[j] - log_q[j]) for j in range(len(p)))
+    return w * divergence + (1 - w) * (1 - acceptance)
 
 
 def _qkv(weights, shape, token, state, *, position):

@@ -25,6 +25,16 @@ def test_a_teacher_has_the_draft_rows_and_the_argmax_of_all_rows():
     assert {False, True} == set(teacher.in_vocab_M.tolist())
 
 
+def test_the_mass_is_the_probability_of_the_draft_vocabulary():
+    hidden, head = target()
+    ids = torch.tensor([0, 2, 8])
+    expected = (hidden @ head.T).softmax(dim=-1)[:, ids].sum(dim=-1)
+    torch.testing.assert_close(expected, teach(hidden, head, ids, with_mass=True, chunk_size=3).mass_M)
+    whole = teach(hidden, head, torch.arange(9), with_mass=True).mass_M
+    torch.testing.assert_close(torch.ones(7, dtype=torch.float64), whole)
+    assert teach(hidden, head, ids).mass_M is None
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
 def test_the_chunk_size_does_not_matter(chunk_size):
     hidden, head = target()
