@@ -1,20 +1,33 @@
 """Step 15: the command line."""
 
+import difflib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from eagle3.config import RunConfig
 from eagle3.demo import DemoConfig, run_demo
-from eagle3.errors import Eagle3Error
+from eagle3.errors import ConfigError, Eagle3Error
+from eagle3.options import add_settings, read_settings
 from eagle3.parallel import Ranks, joined
 from eagle3.trainer import train
 from tiepolicy.errors import TiePolicyError
 
 logger = logging.getLogger("eagle3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command: what it is for, the settings it takes, and what it runs, which returns the exit code."""
+
+    help: str
+    settings: type
+    run: Callable[[Any], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,55 +36,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if all went well, 2 if something in the input is wrong, which is then printed as one sentence.
     """
-    parser, commands = _make_parser()
-    parsed = parser.parse_args(arguments)
-    command = parsed.subcommand
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Bars that end within a second, once per process, only hide the lines that matter.
     transformers_logging.disable_progress_bar()
     try:
-        settings: Namespace = commands[command].instantiate(parsed[command])
-        values = {key: value for key, value in vars(settings).items() if key != "config"}
-        if command == "demo":
-            run_demo(DemoConfig(**values))
-        else:
-            with joined() as ranks:
-                return _train(RunConfig(**values), ranks)
+        command = _choose(arguments)
+        return command.run(read_settings(command.settings, arguments[1:]))
     except (Eagle3Error, TiePolicyError) as error:
-        print(f"eagle3: error: {error}", file=sys.stderr)  # noqa: T201 - what a command line is for
-        return 2
+        return _report(error)
+
+
+def _train(config: RunConfig) -> int:
+    with joined() as ranks:
+        _log_to_stderr(ranks)
+        try:
+            train(config, ranks)
+        except (Eagle3Error, TiePolicyError) as error:
+            # Nearly always all processes meet the same error; the first says it once, the others say who they are.
+            return _report(error, prefix="" if ranks.is_first else f"process {ranks.rank}: ")
     return 0
 
 
-def _train(config: RunConfig, ranks: Ranks) -> int:
-    _log_to_stderr(ranks)
-    try:
-        train(config, ranks)
-    except (Eagle3Error, TiePolicyError) as error:
-        # Nearly always all processes meet the same error; the first says it once, the others say who they are.
-        prefix = "" if ranks.is_first else f"process {ranks.rank}: "
-        print(f"eagle3: error: {prefix}{error}", file=sys.stderr)  # noqa: T201 - what a command line is for
-        return 2
+def _demo(config: DemoConfig) -> int:
+    run_demo(config)
     return 0
 
 
-def _make_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+#: In the order in which a run needs them.
+COMMANDS = {
+    "demo": Command(help="All of it in a few minutes on a CPU.", settings=DemoConfig, run=_demo),
+    "train": Command(help="Train a draft, or go on with a run. Works under torchrun.", settings=RunConfig, run=_train),
+}
+
+
+def _choose(arguments: Sequence[str]) -> Command:
+    """The command that is asked for. `--help` and nonsense end the program, as they do elsewhere.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    name = arguments[0] if arguments else ""
+    if name and not name.startswith("-") and name not in COMMANDS:
+        (close,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+        raise ConfigError(f"{name} is not a command; did you mean {close}? There are {', '.join(COMMANDS)}.")
+    if name not in COMMANDS or {"-h", "--help"} & set(arguments):
+        _help_parser().parse_args(arguments)
+    return COMMANDS[name]
+
+
+def _help_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="eagle3", allow_abbrev=False, description="Trains EAGLE-3 drafts of transformers models."
     )
-    commands = parser.add_subcommands(dest="subcommand")
-    train_parser = ArgumentParser(
-        allow_abbrev=False, description="Train a draft, or go on with a run. Works under torchrun."
-    )
-    train_parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    train_parser.add_class_arguments(RunConfig, as_group=False)
-    demo_parser = ArgumentParser(
-        allow_abbrev=False, description="Make a small target, train a draft on it, stop, resume; offline."
-    )
-    demo_parser.add_class_arguments(DemoConfig, as_group=False)
-    parsers = {"train": train_parser, "demo": demo_parser}
-    commands.add_subcommand("train", train_parser, help="train a draft")
-    commands.add_subcommand("demo", demo_parser, help="all of it in a few minutes on a CPU")
-    return parser, parsers
+    subcommands = parser.add_subcommands(dest="command")
+    for name, command in COMMANDS.items():
+        own = ArgumentParser(allow_abbrev=False, description=command.help)
+        add_settings(own, command.settings)
+        subcommands.add_subcommand(name, own, help=command.help)
+    return parser
+
+
+def _report(error: Exception, *, prefix: str = "") -> int:
+    print(f"eagle3: error: {prefix}{error}", file=sys.stderr)  # noqa: T201 - what a command line is for
+    return 2
 
 
 def _log_to_stderr(ranks: Ranks) -> None:

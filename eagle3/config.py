@@ -13,13 +13,18 @@ class TargetConfig:
     Args:
         model: Folder of a transformers causal language model with its tokenizer.
         dtype: Of its weights and states.
-        layers: Three layers whose inputs the draft reads, ascending, counted as in transformers' `hidden_states`;
-            null for a low, a middle and a high one.
+        layers: Three layers whose states the draft reads, ascending; null for a low, a middle and a high one.
+        layers_name: What an id of `layers` stands for: `inputs`, as in vLLM, speculators and transformers'
+            `hidden_states`, or `outputs`, as in SGLang and SpecForge, whose ids are one lower for the same states.
+        cache: Folder that `eagle3 cache` fills with the target's states and `eagle3 train` reads them from; null to
+            run the target in each step.
     """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: tuple[int, int, int] | None = None
+    layers_name: Literal["inputs", "outputs"] = "inputs"
+    cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +32,25 @@ class DataConfig:
     """The conversations to train on.
 
     Args:
-        train: JSONL file; each line has `messages`, or ShareGPT `conversations`.
+        train: JSONL or Parquet file; each line has `messages`, or ShareGPT `conversations`.
         validation: File of the same kind whose conversations are only measured; null for none.
         max_length: In tokens; what is longer loses its end.
+        packing: Put short conversations side by side into rows of `max_length` tokens; `train.batch_size` then counts
+            rows. Conversations in one row do not see each other.
+        num_workers: Processes that prepare batches ahead of each training process; 0 to prepare them in it.
+        cache: Folder that keeps tokenized conversations for other runs; null for one in the run's own folder.
     """
 
     train: str
     validation: str | None = None
     max_length: int = 2048
+    packing: bool = False
+    num_workers: int = 0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         _require_positive("data.max_length", self.max_length - 1, "must be at least 2")
+        _require_positive("data.num_workers", self.num_workers + 1, "must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +59,18 @@ class DraftConfig:
 
     Args:
         vocab_size: Tokens that it can propose, the most frequent of the data; null for all of the target's.
+        min_coverage: Smallest share of the assistant's tokens that this vocabulary must hold. The draft can never
+            propose the others, so a small share is a wrong setting more often than a choice.
     """
 
     vocab_size: int | None = 32000
+    min_coverage: float = 0.5
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None:
             _require_positive("draft.vocab_size", self.vocab_size)
+        if not 0 <= self.min_coverage <= 1:
+            raise ConfigError(f"draft.min_coverage is {self.min_coverage}, but must be from 0 to 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,11 @@ def test_every_package_says_that_it_is_typed(site):
     assert [True] * len(packages) == [(path / "py.typed").exists() for path in packages]
 
 
+def test_the_configs_of_the_trainer_come_with_it(site):
+    names = {path.name for path in (site / "eagle3" / "configs").iterdir()}
+    assert {path.name for path in (ROOT / "eagle3" / "configs").iterdir()} == names
+
+
 def test_the_core_needs_only_torch_pluggy_and_safetensors(site):
     (metadata,) = site.glob("*.dist-info/METADATA")
     requirements = email.message_from_string(metadata.read_text()).get_all("Requires-Dist")

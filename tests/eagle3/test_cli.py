@@ -64,6 +64,29 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(world, tmp_path, capfd, opt
     ],
 )
 def test_unknown_and_mistyped_settings_are_refused(world, tmp_path, capfd, options, words):
+    assert 2 == main(train_arguments(world, tmp_path / "run", *options))
+    assert words in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "eagle3: error: trian is not a command; did you mean train?"),
+        (["train"], "eagle3: error: --out and --target.model and --data.train are required"),
+        (
+            ["train", "--train.learning_rat", "3"],
+            "eagle3: error: train.learning_rat is unknown; did you mean train.lr?",
+        ),
+    ],
+)
+def test_a_command_line_that_cannot_be_understood_is_one_sentence(capfd, arguments, sentence):
+    assert 2 == main(arguments)
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith(sentence)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["--help"], "train"), (["train", "--help"], "--train.lr")])
+def test_help_lists_commands_and_settings(capfd, arguments, words):
     with pytest.raises(SystemExit) as caught:
-        main(train_arguments(world, tmp_path / "run", *options))
-    assert (2, True) == (caught.value.code, words in capfd.readouterr().err)
+        main(arguments)
+    assert (0, True) == (caught.value.code, words in capfd.readouterr().out)
