@@ -1,9 +1,17 @@
 """Step 1: settings of a run: one frozen tree, typed, checked when it is built, read from YAML and dotted options."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from eagle3.errors import ConfigError
+
+#: The settings of a run, in its folder.
+RUN_CONFIG = "run_config.json"
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +63,40 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig:
-    """The draft; its width, heads and rope are the target's.
+    """The draft; its heads and rope are the target's.
 
     Args:
         vocab_size: Tokens that it can propose, the most frequent of the data; null for all of the target's.
         min_coverage: Smallest share of the assistant's tokens that this vocabulary must hold. The draft can never
             propose the others, so a small share is a wrong setting more often than a choice.
+        hidden_size: Its width; null for the target's. Of another width it has an embedding of its own to train.
+        intermediate_size: Width inside its MLP; null for the target's.
+        norm_before_residual: Whether the residual stream starts from the normed state.
+        fc_norm: Whether each captured state is normed before the three are fused (EAGLE-3.1).
+        norm_before_fc: Whether the three captured states are normed together instead.
+        norm_output: Whether a step hands on its normed state (EAGLE-3.1).
     """
 
     vocab_size: int | None = 32000
     min_coverage: float = 0.5
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    norm_before_residual: bool = False
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None:
-            _require_positive("draft.vocab_size", self.vocab_size)
+        for name in ("vocab_size", "hidden_size", "intermediate_size"):
+            if getattr(self, name) is not None:
+                _require_positive(f"draft.{name}", getattr(self, name))
         if not 0 <= self.min_coverage <= 1:
             raise ConfigError(f"draft.min_coverage is {self.min_coverage}, but must be from 0 to 1.")
+        if self.fc_norm and self.norm_before_fc:
+            raise ConfigError(
+                "draft.fc_norm and draft.norm_before_fc are both set, but each norms what the other does: one norms "
+                "the captured states one by one, the other all together. Set one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +263,40 @@ class RunConfig:
                     f"{name} is {value}, but data.validation is not set, so there is nothing to measure. Set "
                     f"data.validation, or leave out {name}."
                 )
+
+
+def write_run_config(out: str | Path, config: RunConfig) -> None:
+    """Keep the settings of a run in its folder, which must exist."""
+    (Path(out) / RUN_CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def read_run_config(out: str | Path) -> RunConfig:
+    """The settings that a run was started with, from its folder.
+
+    Raises:
+        ConfigError: They are missing, or cannot be read.
+    """
+    path = Path(out) / RUN_CONFIG
+    try:
+        return _build(RunConfig, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"The settings of the run, {path}, cannot be read ({error}). Give the folder that a run was started with "
+            "as its --out."
+        ) from error
+
+
+def _build(kind: type[S], values: Mapping[str, Any]) -> S:
+    """A section and the sections in it; lists in JSON were tuples."""
+    built: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        section = hints.get(name)
+        if isinstance(section, type) and is_dataclass(section):
+            built[name] = _build(section, value)
+        else:
+            built[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**built)
 
 
 def _require_positive(name: str, value: float, demand: str = "must be above 0") -> None:

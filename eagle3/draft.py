@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from eagle3.config import DraftConfig
 from eagle3.errors import DraftError
 
 _NEEDED = (
@@ -27,23 +29,27 @@ _NEEDED = (
 )
 
 
-def draft_config(target_config: Any, *, draft_vocab_size: int) -> LlamaConfig:
+_DEFAULTS = DraftConfig()
+
+
+def draft_config(target_config: Any, *, draft_vocab_size: int, options: DraftConfig = _DEFAULTS) -> LlamaConfig:
     """Describes a one-layer draft that fits a target.
 
-    Widths, head counts, the rope block and the special tokens are the target's. Its tie flag is not: a head over the
-    draft vocabulary has other rows than the embedding.
+    Widths, head counts, the rope block and the special tokens are the target's, unless the options say otherwise. Its
+    tie flag is not: a head over the draft vocabulary has other rows than the embedding.
 
     Args:
         target_config: Config of any transformers model with rotary positions and RMS norms; of a model with several
             parts, the text part counts.
         draft_vocab_size: Rows of the draft's head, at most the target's vocabulary size.
+        options: Widths and norms; the size of the vocabulary in them is not read.
 
     Returns:
-        A config that survives JSON, with `draft_vocab_size` and `target_hidden_size` added.
+        A config that survives JSON, with `draft_vocab_size`, `target_hidden_size` and the options' norms added.
 
     Raises:
-        DraftError: The target lacks a field that the draft needs, has another rope in each kind of layer, rotates
-            only a part of each head, or has a smaller vocabulary than the draft.
+        DraftError: The target lacks a field that the draft needs, has an unknown rope or another one in each kind of
+            layer, rotates only a part of each head, or has a smaller vocabulary than the draft.
     """
     text = target_config.get_text_config()
     missing = [name for name in _NEEDED if getattr(text, name, None) is None]
@@ -57,16 +63,17 @@ def draft_config(target_config: Any, *, draft_vocab_size: int) -> LlamaConfig:
             f"draft_vocab_size is {draft_vocab_size}, but the draft's vocabulary must be a part of the target's, which "
             f"has {text.vocab_size} tokens. Set it to a number from 1 to {text.vocab_size}."
         )
-    if text.hidden_size % text.num_attention_heads:
+    hidden_size = options.hidden_size or text.hidden_size
+    if hidden_size % text.num_attention_heads:
         raise DraftError(
-            f"The target's hidden_size {text.hidden_size} is not a multiple of its num_attention_heads "
-            f"{text.num_attention_heads}, which a Llama config does not allow. Choose another target."
+            f"The draft's hidden_size {hidden_size} is not a multiple of the target's num_attention_heads "
+            f"{text.num_attention_heads}, which a Llama config does not allow. Set draft.hidden_size to a multiple."
         )
     _check_rope(text.rope_parameters)
-    return LlamaConfig(
+    config = LlamaConfig(
         architectures=["LlamaForCausalLMEagle3"],
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
+        hidden_size=hidden_size,
+        intermediate_size=options.intermediate_size or text.intermediate_size,
         num_hidden_layers=1,
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -80,9 +87,12 @@ def draft_config(target_config: Any, *, draft_vocab_size: int) -> LlamaConfig:
         eos_token_id=getattr(text, "eos_token_id", None),
         pad_token_id=getattr(text, "pad_token_id", None),
         tie_word_embeddings=False,
-        draft_vocab_size=draft_vocab_size,  # pyright: ignore[reportCallIssue]  # a config keeps further fields
-        target_hidden_size=text.hidden_size,  # pyright: ignore[reportCallIssue]
     )
+    config.draft_vocab_size = draft_vocab_size
+    config.target_hidden_size = text.hidden_size
+    for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
+        setattr(config, name, getattr(options, name))
+    return config
 
 
 def _check_rope(rope: dict[str, Any]) -> None:
@@ -91,6 +101,12 @@ def _check_rope(rope: dict[str, Any]) -> None:
         raise DraftError(
             f"The target's rope_parameters differ by kind of layer ({', '.join(nested)}), and a draft of one layer has "
             "one rope. Choose a target whose layers share one."
+        )
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise DraftError(
+            f"The target's rope_parameters are of type {kind!r}, which this version of transformers does not know; it "
+            f"knows default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}. Update transformers, or choose another target."
         )
     # transformers' Llama ignores this factor in the default rope, serving engines obey it: the draft would be trained
     # with other rotations than it is served with.
@@ -103,7 +119,10 @@ def _check_rope(rope: dict[str, Any]) -> None:
 
 
 class Rope:
-    """Rotary positions in the rotate-half convention of transformers.
+    """Rotary positions in the rotate-half convention of transformers, whose class computes the frequencies.
+
+    Of two types (dynamic, longrope) the frequencies depend on the length of the sequence: as in transformers, the
+    largest position of a call decides.
 
     Not a module: its frequencies must stay float32 when the draft is cast to bfloat16, and must survive meta
     construction, where a non-persistent buffer would be lost.
@@ -111,9 +130,10 @@ class Rope:
 
     def __init__(self, config: LlamaConfig) -> None:
         with torch.device("cpu"):
-            embedding = LlamaRotaryEmbedding(config)
-        self._inv_freq: Tensor = embedding.inv_freq.detach().clone()
-        self._scaling = float(embedding.attention_scaling)
+            self._embedding = LlamaRotaryEmbedding(config)
+        rope: Any = config.rope_parameters
+        self._depends_on_length = rope["rope_type"] in ("dynamic", "longrope")
+        self._inv_freq: Tensor = self._embedding.inv_freq.detach().clone()
         assert 2 * len(self._inv_freq) == config.head_dim
 
     def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
@@ -127,13 +147,23 @@ class Rope:
             A new tensor like `heads`; angles are computed in float32, or in float64 for float64 heads.
         """
         precise = torch.promote_types(torch.float32, heads.dtype)
-        if self._inv_freq.device != heads.device:
-            self._inv_freq = self._inv_freq.to(heads.device)
-        angles = positions.to(precise)[:, None, None] * self._inv_freq.to(precise)
-        cos = (angles.cos() * self._scaling).to(heads.dtype)
-        sin = (angles.sin() * self._scaling).to(heads.dtype)
+        angles = positions.to(precise)[:, None, None] * self._frequencies(positions, heads.device).to(precise)
+        scaling = float(self._embedding.attention_scaling)
+        cos = (angles.cos() * scaling).to(heads.dtype)
+        sin = (angles.sin() * scaling).to(heads.dtype)
         low, high = heads.chunk(2, dim=-1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    def _frequencies(self, positions: Tensor, device: torch.device) -> Tensor:
+        """The frequencies (d / 2,) float32 for a call with these positions."""
+        if self._depends_on_length and positions.numel():
+            # transformers' class keeps its frequencies up to date in its forward pass, and only there.
+            last = positions.max().reshape(1, 1)
+            self._embedding.to(device)(torch.empty(0, device=device), last.to(device))
+            self._inv_freq = self._embedding.inv_freq
+        if self._inv_freq.device != device:
+            self._inv_freq = self._inv_freq.to(device)
+        return self._inv_freq
 
 
 class _RMSNorm(nn.RMSNorm):
@@ -185,7 +215,10 @@ class Draft(nn.Module):
     """The draft of EAGLE-3 (arXiv 2503.01840): one Llama layer whose attention reads a token and a state side by side.
 
     The residual stream is the state before its norm, and the state handed to the next step is the one before the
-    final norm. Parameters and buffers carry the names that serving engines read. The embedding is frozen.
+    final norm, unless the config's `norm_before_residual` or `norm_output` says otherwise; `fc_norm` normalises each
+    captured state and `norm_before_fc` all three together before they are fused (EAGLE-3.1, arXiv 2605.09992).
+    Parameters and buffers carry the names that serving engines read. The embedding is frozen, unless the draft is of
+    another width than its target and so has one of its own.
 
     Built under `torch.device("meta")` and moved with `to_empty`, it is complete after `init_from_target_` or after a
     strict `load_state_dict`.
@@ -198,9 +231,14 @@ class Draft(nn.Module):
         super().__init__()
         assert config.num_hidden_layers == 1
         self.config = config
+        width, eps = config.target_hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_tokens.requires_grad_(False)
-        self.fc = nn.Linear(3 * config.target_hidden_size, config.hidden_size, bias=False)
+        self.embed_tokens.requires_grad_(config.hidden_size != width)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(_RMSNorm(width, eps=eps) for _ in range(3))
+        if config.norm_before_fc:
+            self.input_norm = _RMSNorm(3 * width, eps=eps)
+        self.fc = nn.Linear(3 * width, config.hidden_size, bias=False)
         self.midlayer = _Layer(config)
         self.norm = _RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -221,24 +259,20 @@ class Draft(nn.Module):
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     @torch.no_grad()
-    def init_from_target_(self, *, embedding_VH: Tensor, head_VH: Tensor, draft_ids_D: Tensor) -> None:
+    def init_from_target_(self, *, embedding_VE: Tensor, head_VE: Tensor, draft_ids_D: Tensor) -> None:
         """Starts the draft from its target: its embedding, its head's rows, and normal weights in between.
 
+        A draft of another width starts from the same rows, turned into its width by one random orthogonal matrix.
+
         Args:
-            embedding_VH: The target's embedding; copied.
-            head_VH: The target's head; its draft rows are copied.
+            embedding_VE: The target's embedding; copied.
+            head_VE: The target's head; its draft rows are copied.
             draft_ids_D: int64, distinct: the target's token id of each row of the draft's head.
 
         Raises:
             DraftError: A tensor of the target has another shape than the draft's config says.
         """
-        expected = (self.config.vocab_size, self.config.hidden_size)
-        for name, tensor in (("embedding", embedding_VH), ("head", head_VH)):
-            if tuple(tensor.shape) != expected:
-                raise DraftError(
-                    f"The target's {name} has shape {tuple(tensor.shape)}, but the draft's config describes "
-                    f"{expected} (vocab_size, hidden_size). Build the config from this target."
-                )
+        self._check_target(embedding=embedding_VE, head=head_VE)
         if len(draft_ids_D) != self.config.draft_vocab_size:
             raise DraftError(
                 f"The draft vocabulary has {len(draft_ids_D)} tokens, but the draft's config says draft_vocab_size "
@@ -249,15 +283,53 @@ class Draft(nn.Module):
                 module.weight.normal_(std=self.config.initializer_range)
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
-        self.embed_tokens.weight.copy_(embedding_VH)
-        self.lm_head.weight.copy_(head_VH[draft_ids_D.to(head_VH.device)])
+        rows_DE = head_VE[draft_ids_D.to(head_VE.device)]
+        if self.config.hidden_size == self.config.target_hidden_size:
+            self.embed_tokens.weight.copy_(embedding_VE)
+            self.lm_head.weight.copy_(rows_DE)
+        else:
+            like = self.fc.weight
+            turn_EH = nn.init.orthogonal_(like.new_empty(self.config.target_hidden_size, self.config.hidden_size))
+            self.embed_tokens.weight.copy_(embedding_VE.to(like) @ turn_EH)
+            self.lm_head.weight.copy_(rows_DE.to(like) @ turn_EH)
         ids_D = draft_ids_D.to(self.d2t.device)
         self.d2t.copy_(ids_D - torch.arange(len(ids_D), device=ids_D.device))
         self.t2d.zero_()
         self.t2d[ids_D] = True
 
+    def share_embedding_(self, embedding_VE: nn.Parameter) -> None:
+        """Makes the target's embedding the draft's: the same tensor, so a live pair holds it once.
+
+        A plan with the target as `external` then calls it the target's, and a checkpoint need not hold it. Moving or
+        casting the draft would move or cast the target's tensor, so share it last. A draft of another width keeps its
+        own: for it nothing changes.
+
+        Args:
+            embedding_VE: The weight of the target's embedding, on the device of the draft.
+
+        Raises:
+            DraftError: It has another shape than the draft's config says.
+        """
+        self._check_target(embedding=embedding_VE)
+        if self.config.hidden_size == self.config.target_hidden_size:
+            self.embed_tokens.weight = embedding_VE
+
+    def _check_target(self, **tensors: Tensor) -> None:
+        expected = (self.config.vocab_size, self.config.target_hidden_size)
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != expected:
+                raise DraftError(
+                    f"The target's {name} has shape {tuple(tensor.shape)}, but the draft's config describes "
+                    f"{expected} (vocab_size, target_hidden_size). Build the config from this target."
+                )
+
     def fuse(self, aux: Tensor) -> Tensor:
         """Turns captured states (..., A) into the states of step 0 (..., H)."""
+        if self.config.fc_norm:
+            parts = zip(self.fc_norm, aux.chunk(3, dim=-1), strict=True)
+            aux = torch.cat([norm(part) for norm, part in parts], dim=-1)
+        if self.config.norm_before_fc:
+            aux = self.input_norm(aux)
         states: Tensor = self.fc(aux)
         return states
 
@@ -272,7 +344,8 @@ class Draft(nn.Module):
             (..., 2H).
         """
         layer = self.midlayer
-        tokens: Tensor = layer.input_layernorm(self.embed_tokens(token_ids))
+        # A target's embedding may be bfloat16 beside float32 weights of the draft.
+        tokens: Tensor = layer.input_layernorm(self.embed_tokens(token_ids).to(states.dtype))
         return torch.cat((tokens, layer.hidden_norm(states)), dim=-1)
 
     def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
@@ -293,12 +366,19 @@ class Draft(nn.Module):
             attended: (..., Q, d): what attention read.
 
         Returns:
-            (..., H): the states for the next step; their `norm` is what the head reads.
+            (..., H): the states for the next step; `head_states` of them is what the head reads.
         """
         layer = self.midlayer
+        if self.config.norm_before_residual:
+            states = layer.hidden_norm(states)
         residual: Tensor = states + layer.self_attn.o_proj(attended.flatten(-2))
         finished: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
-        return finished
+        return self.norm(finished) if self.config.norm_output else finished
+
+    def head_states(self, states: Tensor) -> Tensor:
+        """Gives the head what it reads of a step's result (..., H): its norm, unless it is normed already."""
+        normed: Tensor = states if self.config.norm_output else self.norm(states)
+        return normed
 
     def _heads(self, projected: Tensor) -> Tensor:
         heads: Tensor = projected.unflatten(-1, (-1, self.midlayer.self_attn.head_dim))

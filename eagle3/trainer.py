@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import tiepolicy
 from eagle3.checkpoint import Progress, RunCheckpoints, RunState, read_draft_config, write_draft_config
-from eagle3.config import RunConfig
+from eagle3.config import RunConfig, write_run_config
 from eagle3.data import Batch, BatchOrder, EncodedData, batches, encode, load_conversations
 from eagle3.draft import Draft, draft_config
 from eagle3.errors import CheckpointError
@@ -125,12 +125,14 @@ class _Run:
             "Draft vocabulary: %d of %d tokens, %.2f%% of what the assistant wrote",
             *(vocab.size, target.vocab_size, 100 * vocab.coverage),
         )
-        config = draft_config(target.config, draft_vocab_size=vocab.size)
+        config = draft_config(target.config, draft_vocab_size=vocab.size, options=self.config.draft)
+        config.eagle_aux_hidden_state_layer_ids = list(target.layer_ids)
         torch.manual_seed(self.config.train.seed)
         draft = Draft(config).to(self.ranks.device)
-        draft.init_from_target_(embedding_VH=target.embedding_VE, head_VH=target.head_VE, draft_ids_D=vocab.ids_D)
+        draft.init_from_target_(embedding_VE=target.embedding_VE, head_VE=target.head_VE, draft_ids_D=vocab.ids_D)
         if self.ranks.is_first:
             write_draft_config(out, config)
+            write_run_config(out, self.config)
         return draft
 
     def _batches(self) -> Iterator[Batch]:

@@ -168,7 +168,7 @@ class TrainingTimeTest(nn.Module):
                 rows_N=plan.rows_N,
             )
             states_NH = draft.next_states(states_NH, attended_NQd)
-            outputs.append(draft.norm(states_NH))
+            outputs.append(draft.head_states(states_NH))
         return torch.stack(outputs)
 
     def _score(self, states_SNH: Tensor, plan: RowPlan, teacher: Teacher) -> UnrollResult:

@@ -29,6 +29,10 @@ class Shape:
     head_dim: int
     eps: float
     rope_theta: float
+    norm_before_residual: bool = False
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
 
 
 def reference(
@@ -53,7 +57,7 @@ def reference(
 
 def _sequence(total, weights, shape, ids, mask, aux, hidden, *, head, num_steps, decay, loss):
     num_rows = len(ids) - 1
-    start = [weights["fc.weight"] @ aux[t] for t in range(num_rows)]
+    start = [_fuse(weights, shape, aux[t]) for t in range(num_rows)]
     first = [_qkv(weights, shape, ids[t + 1], start[t], position=t) for t in range(num_rows)]
     target_ids = [j + int(offset) for j, offset in enumerate(weights["d2t"])]
     for t in range(num_rows):
@@ -68,7 +72,9 @@ def _sequence(total, weights, shape, ids, mask, aux, hidden, *, head, num_steps,
                 own.append((keys, values))
             seen = [(first[s][1], first[s][2]) for s in range(t + 1)] + own
             state = _finish(weights, shape, state, _attend(shape, queries, seen))
-            z = weights["lm_head.weight"] @ _norm(state, weights["norm.weight"], shape.eps)
+            normed = _norm(state, weights["norm.weight"], shape.eps)
+            z = weights["lm_head.weight"] @ normed
+            state = normed if shape.norm_output else state
             full = head @ hidden[c]
             greedy = int(full.argmax())
             hit = mask[c] and greedy in target_ids and target_ids[int(z.argmax())] == greedy
@@ -99,6 +105,15 @@ def _pair_loss(full, target_ids, z, loss, lk_decay):
     return w * divergence + (1 - w) * (1 - acceptance)
 
 
+def _fuse(weights, shape, aux):
+    if shape.fc_norm:
+        thirds = aux.split(len(aux) // 3)
+        aux = torch.cat([_norm(thirds[n], weights[f"fc_norm.{n}.weight"], shape.eps) for n in range(3)])
+    if shape.norm_before_fc:
+        aux = _norm(aux, weights["input_norm.weight"], shape.eps)
+    return weights["fc.weight"] @ aux
+
+
 def _qkv(weights, shape, token, state, *, position):
     embedding = weights["embed_tokens.weight"][token]
     u = torch.cat(
@@ -126,6 +141,8 @@ def _attend(shape, queries, seen):
 
 
 def _finish(weights, shape, state, attended):
+    if shape.norm_before_residual:
+        state = _norm(state, weights["midlayer.hidden_norm.weight"], shape.eps)
     x = state + weights["midlayer.self_attn.o_proj.weight"] @ attended
     y = _norm(x, weights["midlayer.post_attention_layernorm.weight"], shape.eps)
     gate, up = weights["midlayer.mlp.gate_proj.weight"] @ y, weights["midlayer.mlp.up_proj.weight"] @ y

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, LlavaConfig, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+import tiepolicy
+from eagle3.config import DraftConfig
 from eagle3.draft import Draft, Rope, draft_config
-from eagle3.errors import DraftError
+from eagle3.errors import ConfigError, DraftError
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -26,6 +29,23 @@ YARN_ROPE = {
     "rope_theta": 10000.0,
     "factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+#: One of each type that transformers has.
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": YARN_ROPE,
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [2.0, 4.0, 8.0],
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": LLAMA3_ROPE,
+    "proportional": {"rope_type": "proportional", "rope_theta": 10000.0},
 }
 
 
@@ -45,8 +65,8 @@ def target_config(**changes):
 def target_tensors():
     torch.manual_seed(0)
     return {
-        "embedding_VH": torch.randn(11, 8),
-        "head_VH": torch.randn(11, 8),
+        "embedding_VE": torch.randn(11, 8),
+        "head_VE": torch.randn(11, 8),
         "draft_ids_D": torch.tensor([1, 3, 4, 10]),
     }
 
@@ -165,8 +185,8 @@ def test_a_target_without_the_needed_fields_is_refused():
 def test_a_width_that_llama_does_not_allow_is_refused():
     target = Qwen3Config(hidden_size=9, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2)
     assert (
-        "The target's hidden_size 9 is not a multiple of its num_attention_heads 2, which a Llama config does not "
-        "allow. Choose another target."
+        "The draft's hidden_size 9 is not a multiple of the target's num_attention_heads 2, which a Llama config does "
+        "not allow. Set draft.hidden_size to a multiple."
     ) == refusal(target)
 
 
@@ -174,8 +194,8 @@ def test_a_draft_starts_from_its_target():
     tensors = target_tensors()
     draft = Draft(draft_config(target_config(), draft_vocab_size=4))
     draft.init_from_target_(**tensors)
-    assert torch.equal(tensors["embedding_VH"], draft.embed_tokens.weight)
-    assert torch.equal(tensors["head_VH"][[1, 3, 4, 10]], draft.lm_head.weight)
+    assert torch.equal(tensors["embedding_VE"], draft.embed_tokens.weight)
+    assert torch.equal(tensors["head_VE"][[1, 3, 4, 10]], draft.lm_head.weight)
     assert [1, 2, 2, 7] == draft.d2t.tolist()
     assert [1, 3, 4, 10] == draft.target_ids().tolist()
     assert [1, 3, 4, 10] == draft.t2d.nonzero().flatten().tolist()
@@ -220,10 +240,10 @@ def test_a_draft_built_on_meta_is_whole_after_its_start():
 def test_a_target_of_another_shape_is_refused():
     draft = Draft(draft_config(target_config(), draft_vocab_size=4))
     with pytest.raises(DraftError) as caught:
-        draft.init_from_target_(**(target_tensors() | {"head_VH": torch.zeros(12, 8)}))
+        draft.init_from_target_(**(target_tensors() | {"head_VE": torch.zeros(12, 8)}))
     assert (
-        "The target's head has shape (12, 8), but the draft's config describes (11, 8) (vocab_size, hidden_size). "
-        "Build the config from this target."
+        "The target's head has shape (12, 8), but the draft's config describes (11, 8) (vocab_size, "
+        "target_hidden_size). Build the config from this target."
     ) == str(caught.value)
 
 
@@ -238,19 +258,22 @@ def test_a_draft_vocabulary_of_another_size_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "rope",
-    [{"rope_type": "default", "rope_theta": 10000.0}, LLAMA3_ROPE, YARN_ROPE],
-    ids=["default", "llama3", "yarn"],
-)
-def test_rotations_are_those_of_transformers(rope, dtype):
-    config = draft_config(target_config(rope_parameters=rope), draft_vocab_size=4)
+@pytest.mark.parametrize("longest", [20, 300])
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotations_are_those_of_transformers(kind, longest, dtype):
+    """Positions within and behind the length that the target was made for: two types then change their frequencies."""
+    config = draft_config(target_config(rope_parameters=ROPES[kind]), draft_vocab_size=4)
     torch.manual_seed(0)
-    heads, positions = torch.randn(9, 2, 6).to(dtype), torch.tensor([0, 1, 2, 5, 31, 32, 33, 100, 127])
+    positions = torch.tensor([0, 1, 2, 5, longest // 2, longest])
+    heads = torch.randn(len(positions), 2, 6).to(dtype)
     cos, sin = LlamaRotaryEmbedding(config)(heads, positions[None])
     expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cos, sin, unsqueeze_dim=2)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(expected[0], Rope(config).rotate(heads, positions), rtol=tolerance, atol=tolerance)
+
+
+def test_each_type_of_rope_in_transformers_is_tested():
+    assert {"default", *ROPE_INIT_FUNCTIONS} == set(ROPES)
 
 
 def test_frequencies_stay_float32_in_a_bfloat16_draft():
@@ -272,3 +295,71 @@ def test_a_step_reads_the_embedding_first():
     inputs = draft.step_inputs(ids, states)
     assert torch.equal(draft.midlayer.input_layernorm(draft.embed_tokens(ids)), inputs[..., :8])
     assert torch.equal(draft.midlayer.hidden_norm(states), inputs[..., 8:])
+
+
+def test_the_options_say_which_norms_a_draft_has():
+    options = DraftConfig(norm_before_residual=True, fc_norm=True, norm_output=True)
+    config = draft_config(target_config(), draft_vocab_size=4, options=options)
+    again = LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    flags = [again.norm_before_residual, again.fc_norm, again.norm_before_fc, again.norm_output]
+    assert [True, True, False, True] == flags
+    shapes = {name: tuple(tensor.shape) for name, tensor in Draft(again).state_dict().items() if "fc_norm" in name}
+    assert {f"fc_norm.{n}.weight": (8,) for n in range(3)} == shapes
+    joint = Draft(draft_config(target_config(), draft_vocab_size=4, options=DraftConfig(norm_before_fc=True)))
+    assert (24,) == tuple(joint.input_norm.weight.shape)
+
+
+def test_two_norms_of_the_same_states_are_refused():
+    with pytest.raises(ConfigError, match=r"draft\.fc_norm and draft\.norm_before_fc are both set"):
+        DraftConfig(fc_norm=True, norm_before_fc=True)
+
+
+@pytest.mark.parametrize("width", [6, 12])
+def test_a_draft_of_another_width_starts_from_the_targets_rows_turned_into_it(width):
+    config = draft_config(target_config(), draft_vocab_size=4, options=DraftConfig(hidden_size=width))
+    draft, tensors = Draft(config).double(), {name: t.double() for name, t in target_tensors().items()}
+    draft.init_from_target_(**(tensors | {"draft_ids_D": torch.tensor([1, 3, 4, 10])}))
+    assert ((11, width), (4, width), (width, 24)) == (
+        *(tuple(layer.weight.shape) for layer in (draft.embed_tokens, draft.lm_head, draft.fc)),
+    )
+    assert draft.embed_tokens.weight.requires_grad
+    # Embedding and head are turned by one matrix, so a wider draft keeps all products of the one with the other.
+    products = tensors["head_VE"][[1, 3, 4, 10]] @ tensors["embedding_VE"].T
+    same = torch.allclose(products, draft.lm_head.weight @ draft.embed_tokens.weight.T)
+    assert (width > 8) is same
+
+
+def test_a_shared_embedding_is_the_targets_and_a_plan_says_so():
+    target = nn.Embedding(11, 8, dtype=torch.bfloat16)
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    draft.init_from_target_(**target_tensors())
+    draft.share_embedding_(target.weight)
+    assert target.weight is draft.embed_tokens.weight
+    plan = tiepolicy.plan(draft, external={"target": target}, digests=True)
+    assert ["target:weight"] == [tie.source for tie in plan.external]
+    small = plan.compact(draft.state_dict())
+    assert set(draft.state_dict()) - {"embed_tokens.weight"} == set(small)
+    # The target's bfloat16 rows meet float32 states.
+    assert torch.float32 == draft.step_inputs(torch.tensor([1]), torch.randn(1, 8)).dtype
+
+
+def test_a_draft_of_another_width_shares_no_embedding():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4, options=DraftConfig(hidden_size=6)))
+    own = draft.embed_tokens.weight
+    draft.share_embedding_(nn.Embedding(11, 8).weight)
+    assert own is draft.embed_tokens.weight
+
+
+def test_an_embedding_of_another_target_is_not_shared():
+    draft = Draft(draft_config(target_config(), draft_vocab_size=4))
+    with pytest.raises(DraftError, match=r"embedding has shape \(12, 8\), but the draft's config describes \(11, 8\)"):
+        draft.share_embedding_(nn.Embedding(12, 8).weight)
+
+
+def test_an_unknown_rope_is_refused():
+    target = target_config()
+    target.rope_parameters = {"rope_type": "spiral", "rope_theta": 10000.0}
+    assert (
+        "The target's rope_parameters are of type 'spiral', which this version of transformers does not know; it knows "
+        "default, "
+    ) in refusal(target)

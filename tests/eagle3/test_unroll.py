@@ -10,12 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from eagle3.config import DraftConfig
 from eagle3.draft import Draft, draft_config
 from eagle3.loss import SOFT_CROSS_ENTROPY, Objective
 from eagle3.unroll import TrainingTimeTest, plan_rows
 from eagle3_reference import Shape, reference
 
-H, E, HEAD_DIM = 8, 6, 4
+H, HEAD_DIM = 8, 4
+NORMS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,7 +35,7 @@ class Case:
     num_steps: int
 
 
-def make_case(mask, *, num_vocab=7, num_draft=4, num_steps=3, heads=(2, 1), seed=0) -> Case:
+def make_case(mask, *, num_vocab=7, num_draft=4, num_steps=3, heads=(2, 1), seed=0, **options) -> Case:
     """A float64 draft and batch with weights large enough that every path matters."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,11 +52,11 @@ def make_case(mask, *, num_vocab=7, num_draft=4, num_steps=3, heads=(2, 1), seed
             vocab_size=num_vocab,
         ),
         draft_vocab_size=num_draft,
+        options=DraftConfig(**options),
     )
-    config.target_hidden_size = E
     draft = Draft(config).double()
     ids = torch.randperm(num_vocab, generator=generator)[:num_draft].sort().values
-    draft.init_from_target_(embedding_VH=normal(num_vocab, H), head_VH=normal(num_vocab, H), draft_ids_D=ids)
+    draft.init_from_target_(embedding_VE=normal(num_vocab, H), head_VE=normal(num_vocab, H), draft_ids_D=ids)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.copy_(0.5 * normal(*parameter.shape) + (parameter.dim() == 1))
@@ -63,9 +65,9 @@ def make_case(mask, *, num_vocab=7, num_draft=4, num_steps=3, heads=(2, 1), seed
     batch = {
         "input_ids_BT": torch.randint(num_vocab, size, generator=generator),
         "loss_mask_BT": loss_mask,
-        "aux_BTA": 2 * normal(*size, 3 * E),
-        "hidden_BTE": normal(*size, E),
-        "head_VE": normal(num_vocab, E),
+        "aux_BTA": 2 * normal(*size, 3 * H),
+        "hidden_BTE": normal(*size, H),
+        "head_VE": normal(num_vocab, H),
     }
     return Case(draft, batch, num_steps)
 
@@ -77,7 +79,9 @@ def expected_of(case: Case, *, decay=0.8, objective=SOFT_CROSS_ENTROPY):
     for name in trainable:
         weights[name].requires_grad_()
     config = case.draft.config
-    shape = Shape(config.num_attention_heads, config.num_key_value_heads, HEAD_DIM, config.rms_norm_eps, 10000.0)
+    heads = (config.num_attention_heads, config.num_key_value_heads, HEAD_DIM)
+    norms = {name: getattr(config, name) for name in NORMS}
+    shape = Shape(*heads, config.rms_norm_eps, 10000.0, **norms)
     batch = {name.rsplit("_", 1)[0]: tensor for name, tensor in case.batch.items()}
     loss = {"loss": objective.kind, "lk_decay": objective.lk_decay}
     result = reference(weights, shape, **batch, num_steps=case.num_steps, decay=decay, **loss)
@@ -110,6 +114,8 @@ def cases(draw):
     num_sequences, num_tokens = draw(st.integers(1, 3)), draw(st.integers(1, 7))
     row = st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens)
     num_vocab = draw(st.integers(1, 9))
+    options = {name: draw(st.booleans()) for name in ("norm_before_residual", "norm_output")}
+    options |= dict.fromkeys([draw(st.sampled_from(["fc_norm", "norm_before_fc"]))], draw(st.booleans()))
     return make_case(
         draw(st.lists(row, min_size=num_sequences, max_size=num_sequences)),
         num_vocab=num_vocab,
@@ -117,6 +123,8 @@ def cases(draw):
         num_steps=draw(st.integers(1, 4)),
         heads=draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)])),
         seed=draw(st.integers(0, 1000)),
+        hidden_size=draw(st.sampled_from([None, 4, 12])),
+        **options,
     )
 
 
@@ -125,6 +133,7 @@ def cases(draw):
 @example(make_case([[True] * 6], num_vocab=5, num_draft=5))
 @example(make_case([[True, False, False, True, False, True]], num_steps=4))
 @example(make_case([[True, False]]))
+@example(make_case([[True] * 5], norm_before_residual=True, fc_norm=True, norm_output=True, hidden_size=12))
 def test_the_pruned_unroll_is_the_reference(case):
     """Loss, every gradient and all counts agree to 1e-10 in float64."""
     check(case)
