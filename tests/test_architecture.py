@@ -23,7 +23,8 @@ FLOW = {
         _external _retie _table _manifest _plan hookspecs _rules _policy _reconcile _paths _safetensors _unpickling
         _contents _digests _verify _diff _plugins _inspect _cli __main__ __init__ _cases _laws testing""",
     "tiepolicy_hf": "_plugin __init__",
-    "tiepolicy_dcp": "errors _ranks _folder _digests _reader _writer _state _extra _save _load _store __init__",
+    "tiepolicy_dcp": """errors _ranks _folder _digests _reader _writer _state _extra _retention _save _load _pointers
+        _lock _store __init__""",
     "eagle3": """errors config options data vocab target teacher draft attention loss unroll parallel checkpoint trainer
         embedded
         demo cli __main__ __init__""",

@@ -2,10 +2,11 @@
 
 from tiepolicy_dcp._load import Restored as Restored
 from tiepolicy_dcp._load import load as load
+from tiepolicy_dcp._pointers import BEST as BEST
+from tiepolicy_dcp._pointers import LATEST as LATEST
 from tiepolicy_dcp._save import save as save
 from tiepolicy_dcp._state import ModelState as ModelState
 from tiepolicy_dcp._state import OptimizerState as OptimizerState
-from tiepolicy_dcp._store import LATEST as LATEST
 from tiepolicy_dcp._store import CheckpointStore as CheckpointStore
 from tiepolicy_dcp.errors import CheckpointError as CheckpointError
 from tiepolicy_dcp.errors import UntrustedCheckpointError as UntrustedCheckpointError

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,39 @@ TENSORS = "extra.safetensors"
 _REFERENCE = "tensor in extra.safetensors"
 
 
-def write_extra(folder: Path, extra: Mapping[str, Any]) -> None:
-    """Write a nested structure of JSON values and tensors.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extra:
+    """Extra state as its two files hold it; the tensors are copies on the CPU."""
+
+    values: str = "{}"
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def pack_extra(extra: Mapping[str, Any]) -> Extra:
+    """Take a nested structure of JSON values and tensors apart.
 
     Raises:
         CheckpointError: If it holds a value that is neither.
     """
     tensors: dict[str, torch.Tensor] = {}
     try:
-        values = json.dumps(_take_tensors(extra, "", tensors), indent=1)
+        return Extra(values=json.dumps(_take_tensors(extra, "", tensors), indent=1), tensors=tensors)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"extra state can hold tensors and what JSON can (strings, numbers, lists, dicts with string keys): {error}"
         ) from error
-    if tensors:
-        save_file(tensors, folder / TENSORS)
+
+
+def write_extra(folder: Path, extra: Extra) -> None:
+    """Write both files; the one for tensors only if there are any."""
+    if extra.tensors:
+        save_file(dict(extra.tensors), folder / TENSORS)
         flush_file(folder / TENSORS)
-    write_text(folder / VALUES, values)
+    write_text(folder / VALUES, extra.values)
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
-    """What `write_extra` wrote; tensors come back on the CPU, tuples as lists.
+    """What was packed and written; tensors come back on the CPU, tuples as lists.
 
     Raises:
         CheckpointError: If a file is missing or damaged.

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tiepolicy import TiePlan
 from tiepolicy.errors import ManifestError
@@ -15,13 +17,21 @@ MANIFEST = "manifest.json"
 METADATA = ".metadata"
 
 
-def unfinished(folder: Path) -> Path:
-    """Where a checkpoint lies while it is written: beside its final place, so that a rename can publish it."""
-    return folder.with_name(f".{folder.name}.unfinished")
+#: Names that this library gives to what is not, or no longer, a checkpoint. The token keeps what orphaned ranks of a
+#: killed run may still write out of the next run's folders.
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.(unfinished|doomed)")
 
 
-def prepare(folder: Path) -> None:
-    """Make the empty folder that a checkpoint is written into; what a killed save left there is removed.
+def temporary(path: Path, purpose: Literal["unfinished", "doomed"]) -> Path:
+    """A fresh name beside a path, so that a rename leads from one to the other."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{purpose}")
+
+
+def prepare(folder: Path) -> Path:
+    """Make the empty folder that a checkpoint is written into; what killed saves of its name left there is removed.
+
+    Returns:
+        The empty folder, which `publish` gives the checkpoint's name.
 
     Raises:
         CheckpointError: If there is something under the checkpoint's name already, or no folder can be made.
@@ -31,23 +41,45 @@ def prepare(folder: Path) -> None:
             f"{folder} exists already, and a checkpoint is never written over another: choose another name, or delete "
             "it first"
         )
+    unfinished = temporary(folder, "unfinished")
     try:
-        shutil.rmtree(unfinished(folder), ignore_errors=True)
-        unfinished(folder).mkdir(parents=True)
+        remove_leftovers(folder.parent, name=folder.name)
+        unfinished.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"cannot make a folder for the checkpoint {folder}: {error}") from error
+    return unfinished
 
 
-def discard(folder: Path) -> None:
-    """Remove what was written of a checkpoint that could not be finished."""
-    shutil.rmtree(unfinished(folder), ignore_errors=True)
-
-
-def publish(folder: Path) -> None:
+def publish(unfinished: Path, folder: Path) -> None:
     """Give a finished checkpoint its name: flush the folder, rename it, flush its parent."""
-    flush_folder(unfinished(folder))
-    unfinished(folder).rename(folder)
+    flush_folder(unfinished)
+    unfinished.rename(folder)
     flush_folder(folder.parent)
+
+
+def discard(unfinished: Path) -> None:
+    """Remove what was written of a checkpoint that could not be finished."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint: at once by its name, then byte by byte."""
+    doomed = temporary(folder, "doomed")
+    folder.rename(doomed)
+    flush_folder(folder.parent)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(root: Path, *, name: str | None = None) -> None:
+    """Remove what killed saves and deletions left in a folder: of one checkpoint, or of all."""
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or name not in (None, match["name"]):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,9 +1,11 @@
-"""Step 8, saving: plan, agree, write, flush, publish."""
+"""Step 9, saving: plan, agree, write, flush, publish."""
 
+import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -16,9 +18,10 @@ from torch.optim import Optimizer
 import tiepolicy
 from tiepolicy import TiePlan
 from tiepolicy_dcp._digests import FileRecord, measure, write_digests
-from tiepolicy_dcp._extra import write_extra
-from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, unfinished, write_manifest
+from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
+from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, write_manifest, write_text
 from tiepolicy_dcp._ranks import agreed_plan, is_distributed, is_first_rank, on_all_ranks, on_first_rank, rank
+from tiepolicy_dcp._retention import RECORD
 from tiepolicy_dcp._state import ModelState, OptimizerState
 from tiepolicy_dcp._writer import AliasWriter
 from tiepolicy_dcp.errors import CheckpointError
@@ -59,19 +62,56 @@ def save(
         TieConflictError: If names that are one tensor in the plan hold different values.
         CheckpointError: If the folder exists or cannot be written; what was written so far is removed.
     """
-    folder = Path(folder).absolute()
+    contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+    return write(Path(folder).absolute(), contents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """All that goes into a checkpoint; the tensors are the live ones."""
+
+    plan: TiePlan
+    #: By part (model, optimizer) and name; each tied tensor once.
+    state: Mapping[str, Mapping[str, torch.Tensor]]
+    #: On rank 0.
+    extra: Extra
+    #: The whole model on rank 0, nothing elsewhere; None if it is not asked for.
+    whole: Mapping[str, torch.Tensor] | None
+
+
+def collect(
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    extra: Mapping[str, Any] | None,
+    plan: TiePlan | None,
+    consolidated: bool,
+) -> Contents:
+    """Find out what a checkpoint will hold, and that it can be written; the arguments are those of `save`."""
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model))
     state = _state(model, optimizer, plan)
-    on_first_rank(lambda: prepare(folder))
+    packed = on_all_ranks(lambda: pack_extra(extra or {}) if is_first_rank() else Extra())[rank()]
+    whole = _gather(model, plan) if consolidated else None
+    return Contents(plan=plan, state=state, extra=packed, whole=whole)
+
+
+def write(folder: Path, contents: Contents, *, record: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint and publish it. Called by all ranks, see `save`.
+
+    Args:
+        folder: Its absolute path.
+        contents: What `collect` returned on this rank.
+        record: What a store wants to know of it later, as JSON; what rank 0 passes is kept.
+    """
+    unfinished = cast("Path", on_first_rank(lambda: prepare(folder)))
     try:
-        _write_tensors(folder, state, plan)
-        whole = _gather(model, plan) if consolidated else None
-        of_ranks = on_all_ranks(lambda: measure(unfinished(folder).glob(f"__{rank()}_*")))
-        records = {name: record for of_rank in of_ranks for name, record in of_rank.items()}
-        on_first_rank(lambda: _finish(folder, plan, extra, whole, records))
+        _write_tensors(unfinished, contents)
+        of_ranks = on_all_ranks(lambda: measure(unfinished.glob(f"__{rank()}_*")))
+        records = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
+        on_first_rank(lambda: _finish(unfinished, folder, contents, record=record, records=records))
     except (CheckpointException, OSError, ValueError) as error:
         if is_first_rank():
-            discard(folder)
+            discard(unfinished)
         raise _as_checkpoint_error(folder, error) from error
     return folder
 
@@ -89,18 +129,19 @@ def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict
     return state
 
 
-def _write_tensors(folder: Path, state: dict[str, dict[str, torch.Tensor]], plan: TiePlan) -> None:
+def _write_tensors(unfinished: Path, contents: Contents) -> None:
+    plan, model = contents.plan, contents.state["model"]
     aliases = {
         f"model.{alias.name}": f"model.{group.canonical}"
         for group in plan.groups
         for alias in plan.whole_aliases(group.canonical)
-        if group.canonical in state["model"]
+        if group.canonical in model
     }
     with warnings.catch_warnings():
         # One process is a supported way to save, not an accident worth a warning.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        writer = AliasWriter(unfinished(folder), aliases)
-        dcp_save(state, storage_writer=writer, no_dist=not is_distributed())
+        state: dict[str, Any] = dict(contents.state)
+        dcp_save(state, storage_writer=AliasWriter(unfinished, aliases), no_dist=not is_distributed())
 
 
 def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
@@ -111,23 +152,25 @@ def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
 
 
 def _finish(
+    unfinished: Path,
     folder: Path,
-    plan: TiePlan,
-    extra: Mapping[str, Any] | None,
-    whole: Mapping[str, torch.Tensor] | None,
+    contents: Contents,
+    *,
+    record: Mapping[str, Any] | None,
     records: Mapping[str, FileRecord],
 ) -> None:
     """Write what rank 0 writes alone, and publish; `records` describes the files that all ranks wrote."""
-    target = unfinished(folder)
-    write_manifest(target, plan)
-    write_extra(target, extra or {})
-    if whole is not None:
-        tensors = {name: tensor.contiguous() for name, tensor in whole.items()}
-        save_file(tensors, target / CONSOLIDATED, metadata={"format": "pt"})
-        flush_file(target / CONSOLIDATED)
-    own = measure(path for path in target.iterdir() if path.name not in records)
-    write_digests(target, {**records, **own})
-    publish(folder)
+    write_manifest(unfinished, contents.plan)
+    write_extra(unfinished, contents.extra)
+    if record is not None:
+        write_text(unfinished / RECORD, json.dumps(record, indent=1))
+    if contents.whole is not None:
+        tensors = {name: tensor.contiguous() for name, tensor in contents.whole.items()}
+        save_file(tensors, unfinished / CONSOLIDATED, metadata={"format": "pt"})
+        flush_file(unfinished / CONSOLIDATED)
+    own = measure(path for path in unfinished.iterdir() if path.name not in records)
+    write_digests(unfinished, {**records, **own})
+    publish(unfinished, folder)
 
 
 def _as_checkpoint_error(folder: Path, error: BaseException) -> CheckpointError:

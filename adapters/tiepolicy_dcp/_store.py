@@ -1,34 +1,69 @@
-"""Step 10, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 13, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
-import os
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
 
 from tiepolicy import TiePlan
 from tiepolicy_dcp._digests import Verify
-from tiepolicy_dcp._folder import flush_folder, write_text
+from tiepolicy_dcp._folder import delete, remove_leftovers
 from tiepolicy_dcp._load import Restored, load
+from tiepolicy_dcp._lock import WriterLock
+from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, move_pointers, read_pointer
 from tiepolicy_dcp._ranks import on_first_rank
-from tiepolicy_dcp._save import save
+from tiepolicy_dcp._retention import Mode, Record, Retention, checked_metrics, is_checkpoint, read_records
+from tiepolicy_dcp._save import collect, write
 from tiepolicy_dcp.errors import CheckpointError
 
-#: Name that always means the newest whole checkpoint; a file in the root that holds the checkpoint's name.
-LATEST = "LATEST"
+logger = logging.getLogger("tiepolicy_dcp")
 
 
 class CheckpointStore:
-    """Checkpoints by name under one root.
+    """Checkpoints by name under one root, for one writer and any number of readers.
+
+    The first save takes the root for this process until `close`, the end of the `with` block, or the end of the
+    process; another process that saves there is refused. Reading takes nothing. All ranks call the methods together.
 
     Args:
         root: Folder of the run's checkpoints; made by the first save.
+        keep_last: How many of the newest checkpoints to keep.
+        keep_best: How many of the best checkpoints to keep. What neither keeps is deleted once the new one is
+            published; with neither, nothing is deleted. What `LATEST` or `BEST` names is never deleted, nor is what no
+            store wrote.
+        metric: The metric by which a checkpoint is best.
+        mode: Whether its largest ("max") or its smallest ("min") value is best. Of equal ones, the oldest is.
+
+    Raises:
+        CheckpointError: If an option makes no sense.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        keep_last: int | None = None,
+        keep_best: int | None = None,
+        metric: str = "accept_length",
+        mode: Mode = "max",
+    ) -> None:
         self.root = Path(root).absolute()
+        self.retention = Retention(keep_last=keep_last, keep_best=keep_best, metric=metric, mode=mode)
+        self._lock = WriterLock(self.root)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the root free for another writer. A later save takes it again."""
+        self._lock.release()
 
     def save(
         self,
@@ -39,20 +74,30 @@ class CheckpointStore:
         extra: Mapping[str, Any] | None = None,
         plan: TiePlan | None = None,
         consolidated: bool = False,
+        metrics: Mapping[str, float] | None = None,
     ) -> Path:
-        """Write a checkpoint as `tiepolicy_dcp.save` does, then point `LATEST` to it in one step.
+        """Write a checkpoint as `tiepolicy_dcp.save` does, then point to it, then delete what is not kept.
+
+        `LATEST` and, if no older checkpoint is better, `BEST` move to it in one step, when every rank has written and
+        flushed its part. A save that was killed before that step never happened: its name may be used again.
+
+        Args:
+            name: A plain file name that no checkpoint of this store has.
+            model: As in `tiepolicy_dcp.save`, like the arguments that are not named here.
+            optimizer: Its optimizer.
+            extra: Nested JSON values and tensors.
+            plan: The model's plan.
+            consolidated: Also write `model.safetensors`.
+            metrics: What is known of the checkpoint, by name. One without metrics never becomes `BEST`.
 
         Raises:
-            CheckpointError: If the name is no plain file name, or as `tiepolicy_dcp.save` says.
+            CheckpointError: If the name is no plain file name, a metric no finite number, or the store's metric not
+                among them; if another process writes under the root; or as `tiepolicy_dcp.save` says.
         """
-        if not name or Path(name).name != name or name.startswith(".") or name == LATEST:
-            raise CheckpointError(
-                f"{name!r} cannot name a checkpoint: it must be a plain file name other than {LATEST}"
-            )
-        folder = save(
-            self.root / name, model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated
-        )
-        on_first_rank(lambda: self._point_latest(name))
+        record = on_first_rank(lambda: self._begin(name, metrics))
+        contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+        folder = write(self.root / name, contents, record=None if record is None else record.to_json())
+        on_first_rank(lambda: self._commit(name))
         return folder
 
     def load(
@@ -71,36 +116,70 @@ class CheckpointStore:
         """The whole checkpoints under the root, sorted by name."""
         if not self.root.is_dir():
             return []
-        return sorted(path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path.name for path in self.root.iterdir() if is_checkpoint(path))
 
     def resolve(self, reference: str | Path) -> Path:
-        """The folder of a checkpoint: `LATEST`, a name in this store, or a path.
+        """The folder of a checkpoint: `LATEST`, `BEST`, a name in this store, or a path.
 
         Raises:
             CheckpointError: If there is none; the message lists what there is.
         """
-        if str(reference) == LATEST:
-            return self._latest()
+        for pointer in POINTERS:
+            if str(reference) == pointer:
+                return self._pointed(pointer)
         for folder in (self.root / reference, Path(reference).absolute()):
             if folder.is_dir():
                 return folder
         raise CheckpointError(f"there is no checkpoint {str(reference)!r}: {self._inventory()}")
 
-    def _latest(self) -> Path:
-        try:
-            name = (self.root / LATEST).read_text(encoding="utf-8").strip()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is no checkpoint to restore {LATEST} from: {self._inventory()}") from error
+    def _pointed(self, pointer: Pointer) -> Path:
+        name = read_pointer(self.root, pointer)
+        if name is None:
+            raise CheckpointError(f"there is no checkpoint to restore {pointer} from: {self._inventory()}")
         folder = self.root / name
-        if folder.parent != self.root or not folder.is_dir():
-            raise CheckpointError(f"{self.root / LATEST} names {name!r}, which is not there: {self._inventory()}")
+        if folder.parent != self.root or not is_checkpoint(folder):
+            raise CheckpointError(f"{self.root / pointer} names {name!r}, which is not there: {self._inventory()}")
         return folder
 
-    def _point_latest(self, name: str) -> None:
-        temporary = self.root / f".{LATEST}.unfinished"
-        write_text(temporary, name + "\n")
-        os.replace(temporary, self.root / LATEST)  # noqa: PTH105 - atomic over an existing file on every system
-        flush_folder(self.root)
+    def _begin(self, name: str, metrics: Mapping[str, float] | None) -> Record:
+        """Rank 0: check the arguments, take the root, remove what killed saves left, and number the checkpoint."""
+        if not name or Path(name).name != name or name.startswith(".") or name in POINTERS:
+            raise CheckpointError(
+                f"{name!r} cannot name a checkpoint: it must be a plain file name other than {' and '.join(POINTERS)}"
+            )
+        checked = checked_metrics(metrics)
+        self._check_metric(name, None if metrics is None else checked)
+        if not self._lock.held:
+            self._lock.acquire()
+        remove_leftovers(self.root)
+        numbers = {record.name: record.number for record in read_records(self.root)}
+        latest = read_pointer(self.root, LATEST)
+        published = 0 if latest is None else numbers.get(latest, math.inf)
+        if numbers.get(name, 0) > published:  # its save was killed before LATEST could name it
+            delete(self.root / name)
+            del numbers[name]
+        return Record(name=name, number=1 + max(numbers.values(), default=0), metrics=checked)
+
+    def _check_metric(self, name: str, metrics: Mapping[str, float] | None) -> None:
+        metric, keep_best = self.retention.metric, self.retention.keep_best
+        if metrics is not None and metric not in metrics:
+            raise CheckpointError(
+                f"the metrics of {name} lack {metric}, by which this store finds the best checkpoint; they have "
+                f"{', '.join(metrics) or 'none'}. Nothing was written"
+            )
+        if metrics is None and keep_best is not None:
+            logger.warning("%s is saved without %s: it cannot become %s", name, metric, BEST)
+
+    def _commit(self, name: str) -> None:
+        """Rank 0: point to a published checkpoint, and delete what is not kept."""
+        records = read_records(self.root)
+        names: dict[Pointer, str] = {LATEST: name}
+        ranked = self.retention.ranked(records)
+        if ranked:
+            names[BEST] = ranked[0].name
+        move_pointers(self.root, names)
+        for record in self.retention.doomed(records, pointed=names.values()):
+            delete(self.root / record.name)
 
     def _inventory(self) -> str:
         names = self.names()
