@@ -18,11 +18,12 @@ def row_attention(
     same_row_k: Sequence[Tensor],
     same_row_v: Sequence[Tensor],
     rows_N: Tensor,
+    starts_N: Tensor | None = None,
 ) -> Tensor:
     """Computes the attention of one step of the training-time test (EAGLE-3, arXiv 2503.01840, figure 6).
 
-    The row of token t sees the step-0 keys of tokens 0 to t of its own sequence, and of the later steps only the keys
-    of its own row. One softmax runs over all of them, in float32 or better. Sequences are right-padded, so no key that
+    The row of token t sees the step-0 keys of its own document up to token t, and of the later steps only the keys of
+    its own row. One softmax runs over all of them, in float32 or better. Sequences are right-padded, so no key that
     a real row sees is padding.
 
     Args:
@@ -32,6 +33,7 @@ def row_attention(
         same_row_k: For each step from 1 to this one, the rotated keys of the rows, (N, K, d).
         same_row_v: The values that belong to `same_row_k`.
         rows_N: int64, ascending: b * T + t of each row.
+        starts_N: int64, the t of the first token of each row's document; None if every sequence is one document.
 
     Returns:
         (N, Q, d), in the dtype of `q_NQd`.
@@ -39,7 +41,10 @@ def row_attention(
     num_sequences, num_tokens, num_kv_heads, _ = k0_BTKd.shape
     per_sequence = torch.bincount(rows_N // num_tokens, minlength=num_sequences).tolist()
     q_NKGd = q_NQd.unflatten(1, (num_kv_heads, -1))
-    visible_NT = torch.arange(num_tokens, device=rows_N.device) <= (rows_N % num_tokens)[:, None]
+    time_T = torch.arange(num_tokens, device=rows_N.device)
+    visible_NT = time_T <= (rows_N % num_tokens)[:, None]
+    if starts_N is not None:
+        visible_NT &= time_T >= starts_N[:, None]
     attended = [
         _attend(*parts)
         for parts in zip(

@@ -141,13 +141,13 @@ class Rope:
 
         Args:
             heads: (..., rows, heads, d).
-            positions: (rows,) int64, in tokens.
+            positions: (rows,) or (..., rows) int64, in tokens.
 
         Returns:
             A new tensor like `heads`; angles are computed in float32, or in float64 for float64 heads.
         """
         precise = torch.promote_types(torch.float32, heads.dtype)
-        angles = positions.to(precise)[:, None, None] * self._frequencies(positions, heads.device).to(precise)
+        angles = positions.to(precise)[..., None, None] * self._frequencies(positions, heads.device).to(precise)
         scaling = float(self._embedding.attention_scaling)
         cos = (angles.cos() * scaling).to(heads.dtype)
         sin = (angles.sin() * scaling).to(heads.dtype)
@@ -349,11 +349,15 @@ class Draft(nn.Module):
         return torch.cat((tokens, layer.hidden_norm(states)), dim=-1)
 
     def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Projects step inputs (..., rows, 2H) at positions (rows,) to rotated queries (..., rows, Q, d)."""
+        """Projects step inputs (..., rows, 2H) at positions (..., rows) to rotated queries (..., rows, Q, d)."""
         return self._rope.rotate(self._heads(self.midlayer.self_attn.q_proj(inputs)), positions)
 
     def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects step inputs (..., rows, 2H) at positions (rows,) to rotated keys and values, (..., rows, K, d)."""
+        """Projects step inputs (..., rows, 2H) at positions (..., rows) to rotated keys and values.
+
+        Returns:
+            Both (..., rows, K, d).
+        """
         attention = self.midlayer.self_attn
         keys = self._rope.rotate(self._heads(attention.k_proj(inputs)), positions)
         return keys, self._heads(attention.v_proj(inputs))

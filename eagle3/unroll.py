@@ -6,7 +6,7 @@ captured states, N rows that carry loss, S unroll steps, P (row, step) pairs, M 
 A row t reads the token x_{t+1} and the target's states at t. At step i it reads x_{t+1+i} and its own state of step
 i - 1, at position t + i, and learns what the target says at token c = t + 1 + i. Of a one-layer draft only keys and
 values of step 0 reach other rows, so queries, MLP and all later steps are needed on rows with loss alone, and the
-result is exact.
+result is exact. A sequence may hold several documents side by side; each is trained on as if it were alone.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,12 @@ class RowPlan:
     Attributes:
         rows_N: int64, flat index of each row with at least one supervised pair, ascending.
         batch_N: int64, its sequence.
-        time_N: int64, its token position, in tokens.
+        time_N: int64, its token position within its document, in tokens.
+        starts_N: int64, position of its document's first token within the sequence; None if every sequence is one
+            document.
+        positions_BT: int64, position of each token within its document; (1, T) if every sequence is one document.
         tokens_SN: int64, flat index of the token that a row reads at a step. Past the end of a sequence it stays on
-            the last token; no such pair, nor any later one of its row, is supervised.
+            the last token; no pair past the end of a document is supervised, nor any later one of its row.
         supervised_SN: bool, whether the pair carries supervision.
         teacher_SN: int64, index into `teacher_rows_M` of a supervised pair's teacher; any valid index elsewhere.
         teacher_rows_M: int64, flat index of each token whose hidden state teaches, each once, ascending.
@@ -40,41 +43,66 @@ class RowPlan:
     rows_N: Tensor
     batch_N: Tensor
     time_N: Tensor
+    starts_N: Tensor | None
+    positions_BT: Tensor
     tokens_SN: Tensor
     supervised_SN: Tensor
     teacher_SN: Tensor
     teacher_rows_M: Tensor
 
 
-def plan_rows(loss_mask_BT: Tensor, num_steps: int) -> RowPlan:
-    """Finds the rows that carry loss: pair (t, i) is supervised if token c = t + 1 + i exists and is masked in.
+def plan_rows(loss_mask_BT: Tensor, num_steps: int, *, documents_BT: Tensor | None = None) -> RowPlan:
+    """Finds the rows that carry loss: pair (t, i) does if token c = t + 1 + i is in t's document and masked in.
 
     Args:
         loss_mask_BT: bool, or integers with nonzero for true: whether a token was written by the assistant. Sequences
             are right-padded, padding is masked out.
         num_steps: Steps of the unroll.
+        documents_BT: int64, equal for the tokens of one document, which stand side by side; None if every sequence is
+            one document.
 
     Returns:
-        The plan, on the device of the mask. No sequence's first token is ever supervised: no row reads it.
+        The plan, on the device of the mask. No document's first token is ever supervised: no row reads it.
     """
     num_tokens = loss_mask_BT.shape[1]
     mask_BT = loss_mask_BT.bool()
-    supervised_BTS = functional.pad(mask_BT[:, 1:], (0, num_steps)).unfold(1, num_steps, 1)
-    batch_N, time_N = supervised_BTS.any(dim=-1).nonzero(as_tuple=True)
+    time_T = torch.arange(num_tokens, device=mask_BT.device)
+    starts_BT = _starts(documents_BT, time_T)
+    teaches_BT = mask_BT & (time_T > starts_BT)
+    supervised_BTS = _ahead(teaches_BT, num_steps)
+    if documents_BT is not None:
+        # Not in place: the steps of neighbouring rows share memory.
+        supervised_BTS = supervised_BTS & (_ahead(starts_BT, num_steps) <= time_T[:, None])
+    batch_N, row_time_N = supervised_BTS.any(dim=-1).nonzero(as_tuple=True)
     steps_S1 = torch.arange(num_steps, device=mask_BT.device)[:, None]
-    tokens_SN = batch_N * num_tokens + (time_N + 1 + steps_S1).clamp(max=num_tokens - 1)
-    teaches = mask_BT.clone()
-    teaches[:, 0] = False
-    rank_of_token = teaches.flatten().cumsum(dim=0) - 1
+    tokens_SN = batch_N * num_tokens + (row_time_N + 1 + steps_S1).clamp(max=num_tokens - 1)
+    starts_N = None if documents_BT is None else starts_BT[batch_N, row_time_N]
+    rank_of_token = teaches_BT.flatten().cumsum(dim=0) - 1
     return RowPlan(
-        rows_N=batch_N * num_tokens + time_N,
+        rows_N=batch_N * num_tokens + row_time_N,
         batch_N=batch_N,
-        time_N=time_N,
+        time_N=row_time_N if starts_N is None else row_time_N - starts_N,
+        starts_N=starts_N,
+        positions_BT=time_T - starts_BT,
         tokens_SN=tokens_SN,
-        supervised_SN=supervised_BTS[batch_N, time_N].T,
+        supervised_SN=supervised_BTS[batch_N, row_time_N].T,
         teacher_SN=rank_of_token[tokens_SN].clamp(min=0),
-        teacher_rows_M=teaches.flatten().nonzero().squeeze(1),
+        teacher_rows_M=teaches_BT.flatten().nonzero().squeeze(1),
     )
+
+
+def _starts(documents_BT: Tensor | None, time_T: Tensor) -> Tensor:
+    """Position of the first token of each token's document: (B, T), or (1, T) of zeros without documents."""
+    if documents_BT is None:
+        return torch.zeros_like(time_T)[None]
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return torch.where(begins_BT, time_T, 0).cummax(dim=1).values
+
+
+def _ahead(values_BT: Tensor, num_steps: int) -> Tensor:
+    """The values of the `num_steps` tokens behind each one: (B, T, S), zero past the end."""
+    return functional.pad(values_BT[:, 1:], (0, num_steps)).unfold(1, num_steps, 1)
 
 
 class UnrollResult(NamedTuple):
@@ -114,7 +142,13 @@ class TrainingTimeTest(nn.Module):
         self.objective = objective
 
     def forward(
-        self, input_ids_BT: Tensor, loss_mask_BT: Tensor, aux_BTA: Tensor, hidden_BTE: Tensor, head_VE: Tensor
+        self,
+        input_ids_BT: Tensor,
+        loss_mask_BT: Tensor,
+        aux_BTA: Tensor,
+        hidden_BTE: Tensor,
+        head_VE: Tensor,
+        documents_BT: Tensor | None = None,
     ) -> UnrollResult:
         """Unrolls one batch.
 
@@ -124,11 +158,12 @@ class TrainingTimeTest(nn.Module):
             aux_BTA: The target's three captured states side by side.
             hidden_BTE: The target's last hidden states, after its final norm.
             head_VE: The target's head.
+            documents_BT: int64, equal for the tokens of one document; None if every sequence is one.
 
         Returns:
             The sums of this rank's batch.
         """
-        plan = plan_rows(loss_mask_BT, self.num_steps)
+        plan = plan_rows(loss_mask_BT, self.num_steps, documents_BT=documents_BT)
         teacher = teach(
             hidden_BTE.flatten(0, 1).index_select(0, plan.teacher_rows_M),
             head_VE,
@@ -141,12 +176,11 @@ class TrainingTimeTest(nn.Module):
     def _unroll(self, input_ids_BT: Tensor, aux_BTA: Tensor, plan: RowPlan) -> Tensor:
         """Runs all steps and returns the states that the head reads, (S, N, H)."""
         draft = self.draft
-        # The last row of a sequence has no next token. It reads its own: no row with loss sees that key.
+        # The last row of a document has no next token. It reads a wrong one: no row with loss sees that key.
         next_ids_BT = torch.cat((input_ids_BT[:, 1:], input_ids_BT[:, -1:]), dim=1)
         states_BTH = draft.fuse(aux_BTA)
         inputs_BTu = draft.step_inputs(next_ids_BT, states_BTH)
-        positions_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-        k0_BTKd, v0_BTKd = draft.keys_values(inputs_BTu, positions_T)
+        k0_BTKd, v0_BTKd = draft.keys_values(inputs_BTu, plan.positions_BT)
         states_NH = states_BTH.flatten(0, 1).index_select(0, plan.rows_N)
         inputs_Nu = inputs_BTu.flatten(0, 1).index_select(0, plan.rows_N)
         same_row_k: list[Tensor] = []
@@ -166,6 +200,7 @@ class TrainingTimeTest(nn.Module):
                 same_row_k=same_row_k,
                 same_row_v=same_row_v,
                 rows_N=plan.rows_N,
+                starts_N=plan.starts_N,
             )
             states_NH = draft.next_states(states_NH, attended_NQd)
             outputs.append(draft.head_states(states_NH))
