@@ -1,22 +1,25 @@
-"""Step 11: all that a run needs to go on, saved and restored through the tie policy."""
+"""Step 16: all that a run needs to go on, saved and restored through the tie policy."""
 
+import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig
 
 import tiepolicy
+from eagle3.config import CheckpointConfig, RunConfig
 from eagle3.draft import Draft
 from eagle3.errors import CheckpointError, DraftError
+from eagle3.metrics import Measurement
+from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks
+from eagle3.target import FrozenTarget
 from tiepolicy_dcp import CheckpointStore
 
 logger = logging.getLogger("eagle3")
@@ -45,11 +48,13 @@ class RunState:
     """What a checkpoint holds of a run."""
 
     draft: Draft
-    optimizer: Optimizer
-    scheduler: LambdaLR
+    optimizer: DraftOptimizer
     progress: Progress
+    config: RunConfig
     #: Of the encoded conversations.
     data_digest: str
+    #: Of the target.
+    target_digest: str
 
 
 class RunCheckpoints:
@@ -58,12 +63,20 @@ class RunCheckpoints:
     Args:
         out: Folder of the run.
         ranks: The processes that train together.
+        config: Which checkpoints are kept; all if not given.
     """
 
-    def __init__(self, out: str | Path, ranks: Ranks) -> None:
+    def __init__(self, out: str | Path, ranks: Ranks, config: CheckpointConfig | None = None) -> None:
         self.out = Path(out)
         self.ranks = ranks
-        self.store = CheckpointStore(self.out / "checkpoints")
+        self.config = config = config or CheckpointConfig()
+        self.store = CheckpointStore(
+            self.out / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best, metric="accept_length"
+        )
+
+    def close(self) -> None:
+        """Let another process write here."""
+        self.store.close()
 
     def require_fresh(self) -> None:
         """Refuse to start a run where one has left checkpoints.
@@ -78,23 +91,33 @@ class RunCheckpoints:
                 "--checkpoint.restore_from LATEST, or choose another --out."
             )
 
-    def save(self, state: RunState, *, consolidated: bool) -> None:
-        """Write `epoch_E_step_S`, E being the epoch under way or just completed."""
+    def save(self, state: RunState, measurement: Measurement | None) -> None:
+        """Write `epoch_E_step_S`, E being the epoch under way or just completed.
+
+        Args:
+            state: What to write.
+            measurement: The draft's score on the validation data; without one, the checkpoint never becomes `BEST`.
+        """
         progress = state.progress
         epoch = progress.epoch + (1 if progress.num_seen else 0)
         extra = {
-            "progress": {"epoch": progress.epoch, "step": progress.step, "num_seen": progress.num_seen},
-            "scheduler": state.scheduler.state_dict(),
+            "progress": asdict(progress),
+            "config": asdict(state.config),
             "rng": list(self.ranks.gather(_rng_state(self.ranks.device))),
             "data_digest": state.data_digest,
+            "target_digest": state.target_digest,
         }
+        metrics = None
+        if measurement is not None:
+            metrics = {"accept_length": measurement.accept_length, "loss": measurement.loss}
         folder = self.store.save(
             f"epoch_{epoch}_step_{progress.step}",
             model=state.draft,
-            optimizer=state.optimizer,
+            optimizer=state.optimizer.adamw,
             extra=extra,
             plan=tiepolicy.plan(state.draft),
-            consolidated=consolidated,
+            consolidated=self.config.save_consolidated,
+            metrics=metrics,
         )
         logger.info("Saved checkpoint to %s", folder)
 
@@ -102,30 +125,37 @@ class RunCheckpoints:
         """Fill the state from a checkpoint.
 
         Args:
-            reference: `LATEST`, a name, or a path.
-            state: Weights, optimizer, schedule, progress and random states are replaced.
+            reference: `LATEST`, `BEST`, a name, or a path.
+            state: Weights, optimizer, progress and random states are replaced.
 
         Raises:
-            CheckpointError: If the checkpoint was made by another trainer, or on other data.
+            CheckpointError: If the checkpoint was made by another trainer, for another target, on other data, or of a
+                draft with other settings.
             TiePolicyError: If it is missing or damaged, or belongs to another draft.
         """
         folder = self.store.resolve(reference)
         logger.info("Resuming from checkpoint: %s", folder)
-        restored = self.store.load(folder, model=state.draft, optimizer=state.optimizer)
+        restored = self.store.load(folder, model=state.draft, optimizer=state.optimizer.adamw)
         try:
-            progress, scheduler, rng = (restored.extra[key] for key in ("progress", "scheduler", "rng"))
+            progress, rng, saved_config = (restored.extra[key] for key in ("progress", "rng", "config"))
+            digests = {key: restored.extra[key] for key in ("data_digest", "target_digest")}
             state.progress.epoch, state.progress.step = progress["epoch"], progress["step"]
             state.progress.num_seen = progress["num_seen"]
-            digest = restored.extra["data_digest"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} was not written by this trainer: it has no {error}.") from error
-        if digest != state.data_digest:
+        _check_settings(folder, saved=saved_config, now=asdict(state.config))
+        if digests["target_digest"] != state.target_digest:
+            raise CheckpointError(
+                f"{folder} holds a draft of another target than {state.config.target.model}: the embedding or the head "
+                "differs. Give the target that the run was started with, or start a new run."
+            )
+        if digests["data_digest"] != state.data_digest:
             raise CheckpointError(
                 f"{folder} was trained on other data than this run has (data.train, data.max_length, or the target's "
                 "tokenizer or chat template changed), so its place in the data means nothing here. Resume with the "
                 "same data, or start a new run."
             )
-        state.scheduler.load_state_dict(scheduler)
+        state.optimizer.obey_config()
         if len(rng) == self.ranks.world_size:
             _set_rng_state(rng[self.ranks.rank], self.ranks.device)
         else:
@@ -134,6 +164,44 @@ class RunCheckpoints:
                 len(rng),
                 self.ranks.world_size,
             )
+
+
+def target_digest(target: FrozenTarget) -> str:
+    """SHA-256 in hex of some rows of a target's embedding and head, in bfloat16: the same in whatever dtype it runs."""
+    sha = hashlib.sha256()
+    for table in (target.embedding_VE, target.head_VE):
+        rows = torch.linspace(0, len(table) - 1, 64, device=table.device).long()
+        sha.update(repr(tuple(table.shape)).encode())
+        sha.update(table.detach()[rows].bfloat16().cpu().view(torch.int16).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _check_settings(folder: Path, *, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse settings that shaped the saved draft and are others now; tell which of the rest have changed."""
+    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    changed = {
+        name: f"{name} {before[name]} -> {value}"
+        for name, value in after.items()
+        if name in before and before[name] != value
+    }
+    fixed = [change for name, change in changed.items() if name.startswith("draft.") and name != "draft.min_coverage"]
+    if fixed:
+        raise CheckpointError(
+            f"{folder} was started with other settings, which shaped its weights: {', '.join(fixed)}. Resume with the "
+            "first of each, or start a new run."
+        )
+    told = [change for name, change in changed.items() if name.startswith(("target.", "unroll.", "train."))]
+    if told:
+        logger.warning("Settings changed since the checkpoint: %s", ", ".join(told))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values; a tuple compares as the list that JSON makes of it."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def write_draft_config(out: Path, config: LlamaConfig) -> None:

@@ -1,4 +1,4 @@
-"""Step 15: the command line."""
+"""Step 21: the command line."""
 
 import difflib
 import logging
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils import logging as transformers_logging
 
 from eagle3.config import RunConfig
@@ -52,8 +53,11 @@ def _train(config: RunConfig) -> int:
         try:
             train(config, ranks)
         except (Eagle3Error, TiePolicyError) as error:
-            # Nearly always all processes meet the same error; the first says it once, the others say who they are.
-            return _report(error, prefix="" if ranks.is_first else f"process {ranks.rank}: ")
+            if ranks.speaks(str(error)):
+                _report(error, prefix="" if ranks.is_first else f"process {ranks.rank}: ")
+            # For torchrun's own report, which otherwise says only that a process failed.
+            get_error_handler().record_exception(error)
+            return 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Step 2: conversation files become token ids, the mask of what the assistant wrote, and the batches of a run.
+"""Step 3: conversation files become token ids, the mask of what the assistant wrote, and the batches of a run.
 
 Shape suffixes: B batch, T tokens.
 """

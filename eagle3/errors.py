@@ -23,3 +23,7 @@ class DraftError(Eagle3Error):
 
 class CheckpointError(Eagle3Error):
     """A checkpoint of a run cannot be written where asked, or belongs to another run."""
+
+
+class NumericsError(Eagle3Error):
+    """A loss or a state of the target is no finite number."""

@@ -1,4 +1,4 @@
-"""Step 8: scores the draft's states against the teacher: losses without kept logits, and counts.
+"""Step 9: scores the draft's states against the teacher: losses without kept logits, and counts.
 
 Shape suffixes: P (row, step) pairs, C pairs of one chunk, D draft vocabulary, H draft hidden, M teacher rows, S unroll
 steps, N rows.
@@ -226,12 +226,16 @@ class StepCounts:
         """Returns hits / supervised per step; 0 where nothing is supervised."""
         return _ratios(self.hits, self.supervised)
 
+    def accepted(self) -> list[float]:
+        """Returns chain_hits / chain_rows per step: how often a greedy chain is accepted up to it; 0 without rows."""
+        return _ratios(self.chain_hits, self.chain_rows)
+
     def accept_length(self) -> float:
         """Returns how many tokens of a greedy chain of S drafts the target accepts on average, from 0 to S.
 
         Counts joint prefixes: a product of per-step accuracies would be wrong, because steps of a row correlate.
         """
-        return sum(_ratios(self.chain_hits, self.chain_rows))
+        return sum(self.accepted())
 
 
 def _ratios(parts: Tensor, wholes: Tensor) -> list[float]:

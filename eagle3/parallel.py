@@ -1,29 +1,49 @@
-"""Step 10: the processes that train together, and what they exchange."""
+"""Step 12: the processes that train together, how the draft is spread over them, and what they exchange."""
 
 import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from eagle3.config import ParallelConfig
 from eagle3.errors import ConfigError
+from eagle3.stopping import ends_with_parent
 
 T = TypeVar("T")
+
+#: Under which the first process leaves its last sentence for the others.
+_LAST_WORDS = "last words of the first process"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among those that train together, and the device it trains on."""
+    """This process among those that train together, and the device it trains on.
+
+    Attributes:
+        rank: From 0.
+        world_size: Processes in all.
+        device: That of this process.
+        local_world_size: Processes on this machine.
+        store: Keys and values that all processes see; None for a process alone.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1
+    store: Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -42,16 +62,86 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def replicate(self, module: nn.Module) -> nn.Module:
-        """Average the gradients of a module over all processes; alone, the module itself."""
+    def speaks(self, sentence: str, *, patience: timedelta = timedelta(seconds=10)) -> bool:
+        """Whether this process is to print the sentence it ends with.
+
+        What is wrong with the input is wrong in every process, and reads best once: the first always speaks, and the
+        others only where the first says something else, or nothing while they wait.
+        """
+        if self.store is None:
+            return True
+        if self.is_first:
+            self.store.set(_LAST_WORDS, sentence)
+            return True
+        try:
+            self.store.wait([_LAST_WORDS], patience)
+        except RuntimeError:  # the base of what torch raises for a time-out and for a store that is gone
+            return True
+        return bool(self.store.get(_LAST_WORDS).decode() != sentence)
+
+    def distribute(self, module: nn.Module, config: ParallelConfig) -> nn.Module:
+        """Spread a module over all processes, so that each parameter's gradient becomes the mean over them.
+
+        Args:
+            module: On this process's device; sharded in place where `config` says so. Frozen parameters stay whole.
+            config: How.
+
+        Returns:
+            What to call instead of the module; alone, the module itself.
+
+        Raises:
+            ConfigError: If the processes do not make whole groups of `parallel.shard_size`.
+        """
         if self.world_size == 1:
             return module
+        if config.kind == "data":
+            return self._replicate(module)
+        # Their gathering would cost as much as the target's own embedding, and no optimizer state hangs on them.
+        frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+        fully_shard(module, mesh=self._mesh(config), ignored_params=frozen)
+        return module
+
+    def _replicate(self, module: nn.Module) -> nn.Module:
         devices: Any = [self.device] if self.device.type == "cuda" else None
         # The buffers are the draft vocabulary, which never changes. torch 2.13 renamed the argument.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {sync: False}
         return DistributedDataParallel(module, device_ids=devices, **options)
+
+    def _mesh(self, config: ParallelConfig) -> DeviceMesh:
+        if config.kind == "shard":
+            return init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
+        size = config.shard_size or self.local_world_size
+        if self.world_size % size:
+            raise ConfigError(
+                f"{self.world_size} processes do not make whole groups of {size}, which is parallel.shard_size or, if "
+                "that is null, the processes of one machine. Start a multiple of it, or change parallel.shard_size."
+            )
+        shape = (self.world_size // size, size)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def gradients_stay_local(module: nn.Module) -> Iterator[None]:
+    """Within the block, backward passes add to gradients without exchanging them; the next one outside exchanges all.
+
+    Args:
+        module: What `Ranks.distribute` returned.
+    """
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+        return
+    # fully_shard gives its module this method.
+    switch = getattr(module, "set_requires_gradient_sync", None)
+    if switch is not None:
+        switch(False)
+    try:
+        yield
+    finally:
+        if switch is not None:
+            switch(True)
 
 
 @contextmanager
@@ -76,8 +166,21 @@ def joined() -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield Ranks(rank=0, world_size=1, device=device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    store, rank, world_size = next(iter(rendezvous("env://")))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+        store=PrefixStore("processes", store),
+        rank=rank,
+        world_size=world_size,
+    )
     try:
-        yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+        with ends_with_parent():
+            yield Ranks(
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                store=PrefixStore("run", store),
+            )
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Step 5: derives what the target teaches from its last hidden states, once for each token that supervises.
+"""Step 6: derives what the target teaches from its last hidden states, once for each token that supervises.
 
 Shape suffixes: M teacher rows, V target vocabulary, D draft vocabulary, E target hidden.
 """
@@ -43,6 +43,12 @@ def teach(
     Returns:
         The teacher, on the device of the hidden states and outside any graph.
     """
+    # What the target says is computed as the target itself does, whatever the draft computes in.
+    with torch.autocast(hidden_ME.device.type, enabled=False):
+        return _teach(hidden_ME, head_VE, draft_ids_D, with_mass=with_mass, chunk_size=chunk_size)
+
+
+def _teach(hidden_ME: Tensor, head_VE: Tensor, draft_ids_D: Tensor, *, with_mass: bool, chunk_size: int) -> Teacher:
     num_rows = len(hidden_ME)
     logits_MD = hidden_ME.new_empty((num_rows, len(draft_ids_D)))
     argmax_M = draft_ids_D.new_empty(num_rows)

@@ -1,91 +1,121 @@
-"""Step 12: the loop: the target's states, an unrolled step of the draft, now and then a log line and a checkpoint."""
+"""Step 18: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
 
-import json
 import logging
-import math
-import time
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 import tiepolicy
-from eagle3.checkpoint import Progress, RunCheckpoints, RunState, read_draft_config, write_draft_config
+from eagle3.checkpoint import (
+    Progress,
+    RunCheckpoints,
+    RunState,
+    read_draft_config,
+    target_digest,
+    write_draft_config,
+)
 from eagle3.config import RunConfig, write_run_config
 from eagle3.data import Batch, BatchOrder, EncodedData, batches, encode, load_conversations
 from eagle3.draft import Draft, draft_config
 from eagle3.errors import CheckpointError
-from eagle3.loss import StepCounts
+from eagle3.loss import Objective
+from eagle3.metrics import METRICS as METRICS
+from eagle3.metrics import Measurement, MetricsLog, Sums
+from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks
+from eagle3.progress import Display
+from eagle3.step import Scorer, StepResult, Watch, take_step
+from eagle3.stopping import StopRequest, stop_on_signals
 from eagle3.target import FrozenTarget
-from eagle3.unroll import TrainingTimeTest, UnrollResult
+from eagle3.unroll import TrainingTimeTest
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 
 logger = logging.getLogger("eagle3")
 
-#: One JSON object per logged step, in the folder of the run.
-METRICS = "metrics.jsonl"
-
 
 def train(config: RunConfig, ranks: Ranks) -> None:
-    """Train a draft, from the start or from a checkpoint, until all epochs are completed.
+    """Train a draft, from the start or from a checkpoint, until all epochs are completed or a signal asks to stop.
 
     Called by all processes.
 
     Raises:
-        Eagle3Error: If the settings, the data, the target or the run's folder cannot be used.
+        Eagle3Error: If the settings, the data, the target or the run's folder cannot be used, or numbers are no longer
+            finite.
         TiePolicyError: If a checkpoint cannot be written or restored.
     """
-    checkpoints = RunCheckpoints(config.out, ranks)
+    checkpoints = RunCheckpoints(config.out, ranks, config.checkpoint)
+    metrics = MetricsLog(config, ranks)
     if config.checkpoint.restore_from is None:
         checkpoints.require_fresh()
-    target = FrozenTarget.load(
-        config.target.model,
-        dtype=getattr(torch, config.target.dtype),
-        device=ranks.device,
-        layers=config.target.layers,
-    )
-    data = encode(load_conversations(config.data.train), target.tokenizer, max_length=config.data.max_length)
-    _log_data(data)
-    _Run(config, ranks, checkpoints, target, data).go()
+    with ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        stack.callback(metrics.close)
+        stack.enter_context(_deterministic(config.train.deterministic))
+        # From here on, a signal waits until there is something to save.
+        request = stack.enter_context(stop_on_signals())
+        target = FrozenTarget.load(
+            config.target.model,
+            dtype=getattr(torch, config.target.dtype),
+            device=ranks.device,
+            layers=config.target.layers,
+        )
+        data = _load_data(config, config.data.train, target)
+        validation = None if config.data.validation is None else _load_data(config, config.data.validation, target)
+        _Run(config, ranks, checkpoints, metrics, target, data, validation, request).go()
 
 
 class _Run:
     """One run in one process: what stays the same over its steps, and the state that a checkpoint holds."""
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, checkpoints: RunCheckpoints, target: FrozenTarget, data: EncodedData
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        checkpoints: RunCheckpoints,
+        metrics: MetricsLog,
+        target: FrozenTarget,
+        data: EncodedData,
+        validation: EncodedData | None,
+        request: StopRequest,
     ) -> None:
         self.config = config
         self.ranks = ranks
         self.checkpoints = checkpoints
+        self.metrics = metrics
         self.target = target
         self.data = data
-        self.order = BatchOrder(
-            len(data.examples),
-            batch_size=config.train.batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=config.train.seed,
-        )
-        self.num_steps = config.train.epochs * self.order.steps_per_epoch
-        self.num_warmup_steps = math.ceil(config.train.warmup_ratio * self.num_steps)
+        self.validation = validation
+        self.request = request
+        self.order = self._order_of(data)
         draft = self._make_draft()
-        parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
-        optimizer = AdamW(parameters, lr=config.train.lr, betas=(0.9, 0.95), weight_decay=config.train.weight_decay)
-        self.parameters = parameters
+        unroll = TrainingTimeTest(
+            draft,
+            num_steps=config.unroll.steps,
+            decay=config.unroll.decay,
+            objective=Objective(kind=config.unroll.loss, lk_decay=config.unroll.lk_decay),
+        )
+        self.scorer = Scorer(
+            target,
+            ranks.distribute(unroll, config.parallel),
+            device=ranks.device,
+            precision=_precision(config, ranks.device),
+            dtype=draft.fc.weight.dtype,
+        )
         self.state = RunState(
             draft=draft,
-            optimizer=optimizer,
-            scheduler=LambdaLR(optimizer, self._lr_factor),
+            # After sharding, which puts other parameters into the draft.
+            optimizer=DraftOptimizer(draft, config.train),
             progress=Progress(),
+            config=config,
             data_digest=data.digest,
+            target_digest=target_digest(target),
         )
-        self.metrics = _Metrics(Path(config.out) / METRICS, config.unroll.steps, ranks)
+        self.display = Display(ranks, depth=config.unroll.steps)
+        self.watch = Watch()
+        self.sums = Sums(config.unroll.steps, ranks)
 
     def go(self) -> None:
         """Train what is left of the run."""
@@ -96,20 +126,108 @@ class _Run:
             logger.info("All %d epochs already completed; nothing to do.", config.train.epochs)
             return
         logger.info("Weights of the draft: %s", tiepolicy.plan(self.state.draft))
+        self.num_steps = progress.step + self._steps_left()
         logger.info(
             "Training starts: epochs %d, batches per epoch %d, steps %d, warm-up steps %d, peak learning rate %.3g, "
             "processes %d",
-            *(config.train.epochs, self.order.steps_per_epoch, self.num_steps, self.num_warmup_steps),
-            *(config.train.lr, self.ranks.world_size),
+            *(config.train.epochs, self.order.steps_per_epoch, self.num_steps),
+            *(-(-config.train.warmup_ratio * self.num_steps // 1), config.train.lr, self.ranks.world_size),
         )
-        self.metrics.forget_after(progress.step)
-        # The wrapper averages gradients; its sums are divided by the global count in `_step`.
-        unroll = TrainingTimeTest(self.state.draft, num_steps=config.unroll.steps, decay=config.unroll.decay)
-        replicated = self.ranks.replicate(unroll)
-        while progress.epoch < config.train.epochs:
-            for batch in self._batches():
-                lr = self._step(replicated, batch)
-                self._log_and_save_if_due(lr)
+        self.metrics.open(step=progress.step)
+        self.sums = Sums(config.unroll.steps, self.ranks)
+        with self.display:
+            while progress.epoch < config.train.epochs and not self.watch.stops:
+                self._train_epoch()
+        if self.watch.stops:
+            self._say_stopped()
+
+    def _train_epoch(self) -> None:
+        """The rest of the epoch under way, or its part up to a stop."""
+        for micro_batches in self._steps_of_batches():
+            result = self._step(micro_batches)
+            self._log_validate_and_save_if_due(result)
+            if self.watch.stops:
+                return
+
+    def _step(self, micro_batches: list[Batch]) -> StepResult:
+        progress = self.state.progress
+        num_new = len(micro_batches) * self.config.train.batch_size * self.ranks.world_size
+        before = self._share_of_run(progress.num_seen)
+        progress.num_seen += num_new
+        progress.step += 1
+        result = take_step(
+            micro_batches,
+            scorer=self.scorer,
+            optimizer=self.state.optimizer,
+            ranks=self.ranks,
+            stop=self.request.is_made,
+            seen=(before, self._share_of_run(progress.num_seen)),
+        )
+        self.sums.add(result.loss_and_weight, result.counts, result.num_tokens)
+        self.display.advance(step=progress.step, num_steps=self.num_steps)
+        self.watch.add(progress.step, result)
+        return result
+
+    def _log_validate_and_save_if_due(self, result: StepResult) -> None:
+        progress, config = self.state.progress, self.config
+        epoch_ends = progress.num_seen >= len(self.data.examples)
+        saves = epoch_ends or _is_due(progress.step, config.checkpoint.every_steps)
+        # Also before a save: a line's means then never reach over a place where a run may be resumed.
+        looks = saves or progress.step == 1 or _is_due(progress.step, config.train.log_every)
+        if looks or self.watch.stops:
+            self.watch.read()
+            self._log(result)
+        saves = saves or self.watch.stops
+        measurement = None
+        # Whoever asks to stop has set a time for it, too.
+        if not self.watch.stops and (saves or _is_due(progress.step, config.train.validate_every)):
+            measurement = self._validate()
+        if epoch_ends:
+            progress.epoch, progress.num_seen = progress.epoch + 1, 0
+        if saves:
+            self.checkpoints.save(self.state, measurement)
+            # What a line says of the speed is about training.
+            self.sums = Sums(config.unroll.steps, self.ranks)
+
+    def _log(self, result: StepResult) -> None:
+        progress, sums = self.state.progress, self.sums
+        measurement, speed = sums.measure(loss_is_global=True), sums.tokens_per_second()
+        step, epoch = progress.step, progress.epoch + 1
+        self.display.train(measurement, epoch=epoch, step=step, num_steps=self.num_steps, lr=result.lr, speed=speed)
+        self.metrics.train(
+            measurement,
+            step=step,
+            epoch=epoch,
+            lr=result.lr,
+            grad_norm=float(result.norm),
+            tokens_per_second=speed,
+        )
+        self.sums = Sums(self.config.unroll.steps, self.ranks)
+
+    @torch.no_grad()
+    def _validate(self) -> Measurement | None:
+        """Measures the draft on the validation data, if there is any. Moves nothing."""
+        if self.validation is None:
+            return None
+        sums = Sums(self.config.unroll.steps, self.ranks)
+        for batch in batches(self.validation, order=self._order_of(self.validation), epoch=0, pad_id=0):
+            result, _ = self.scorer(batch)
+            loss_and_weight = torch.stack((result.loss_sum.double(), result.weight_sum.double()))
+            sums.add(loss_and_weight, result.counts, batch.input_ids_BT.numel())
+        measurement = sums.measure(loss_is_global=False)
+        progress = self.state.progress
+        self.display.validation(measurement, step=progress.step)
+        self.metrics.validation(measurement, step=progress.step, epoch=progress.epoch + 1)
+        return measurement
+
+    def _say_stopped(self) -> None:
+        reason = self.request.signal.name if self.request.signal is not None else "a signal to another process"
+        progress = self.state.progress
+        if progress.epoch < self.config.train.epochs:
+            logger.info(
+                "Stopped by %s after step %d of %d. Go on with --checkpoint.restore_from LATEST",
+                *(reason, progress.step, self.num_steps),
+            )
 
     def _make_draft(self) -> Draft:
         """A new draft on the run's device, or for a resumed run one with the config it was started with."""
@@ -135,8 +253,17 @@ class _Run:
             write_run_config(out, self.config)
         return draft
 
-    def _batches(self) -> Iterator[Batch]:
-        """The batches that are left of the epoch under way."""
+    def _order_of(self, data: EncodedData) -> BatchOrder:
+        return BatchOrder(
+            len(data.examples),
+            batch_size=self.config.train.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=self.config.train.seed,
+        )
+
+    def _first_batch(self) -> int:
+        """How many batches of the epoch under way were taken before."""
         progress = self.state.progress
         size = self.config.train.batch_size * self.ranks.world_size
         if progress.num_seen % size:
@@ -145,124 +272,60 @@ class _Run:
                 f"conversations (train.batch_size {self.config.train.batch_size} in {self.ranks.world_size} processes) "
                 "do not reach. Resume with a product that divides it, or from the end of an epoch."
             )
-        start = progress.num_seen // size
-        return batches(self.data, order=self.order, epoch=progress.epoch, start_step=start, pad_id=0)
+        return progress.num_seen // size
 
-    def _step(self, replicated: nn.Module, batch: Batch) -> float:
-        """One optimizer step: the loss is one sum over the pairs of all processes, divided by their one count.
+    def _steps_of_batches(self) -> Iterator[list[Batch]]:
+        """The batches that are left of the epoch under way, as many at a time as a step takes."""
+        epoch, taken = self.state.progress.epoch, []
+        for batch in batches(self.data, order=self.order, epoch=epoch, start_step=self._first_batch(), pad_id=0):
+            taken.append(batch)
+            if len(taken) == self.config.train.accumulate:
+                yield taken
+                taken = []
+        if taken:
+            yield taken
 
-        Returns:
-            The learning rate of the step.
-        """
-        progress, device = self.state.progress, self.ranks.device
-        input_ids_BT, loss_mask_BT = batch.input_ids_BT.to(device), batch.loss_mask_BT.to(device)
-        features = self.target.features(input_ids_BT)
-        dtype = self.state.draft.fc.weight.dtype
-        result: UnrollResult = replicated(
-            input_ids_BT, loss_mask_BT, features.aux_BTA.to(dtype), features.hidden_BTE, self.target.head_VE
-        )
-        sums = torch.stack((result.loss_sum.detach().double(), result.weight_sum.double()))
-        self.ranks.sum_(sums)
-        loss_sum, weight_sum = sums
-        # The wrapper divides gradients by the number of processes, which the global count already contains.
-        scale = self.ranks.world_size / weight_sum.clamp(min=torch.finfo(torch.float32).tiny)
-        (result.loss_sum * scale.to(result.loss_sum.dtype)).backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
-        lr = float(self.state.scheduler.get_last_lr()[0])
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad()
-        self.state.scheduler.step()
-        progress.step += 1
-        progress.num_seen += self.config.train.batch_size * self.ranks.world_size
-        self.metrics.add(loss_sum, weight_sum, result.counts, batch.input_ids_BT.numel())
-        return lr
+    def _steps_left(self) -> int:
+        """Optimizer steps until all epochs are completed; each ends its epoch with whatever is left of it."""
+        per_step, per_epoch = self.config.train.accumulate, self.order.steps_per_epoch
+        later_epochs = self.config.train.epochs - self.state.progress.epoch - 1
+        return -(-(per_epoch - self._first_batch()) // per_step) + later_epochs * -(-per_epoch // per_step)
 
-    def _log_and_save_if_due(self, lr: float) -> None:
-        progress, every = self.state.progress, self.config.checkpoint.every_steps
-        epoch_ends = progress.num_seen >= len(self.data.examples)
-        saves = epoch_ends or (every is not None and progress.step % every == 0)
-        # Also before a save: a line's means then never reach over a place where a run may be resumed.
-        if saves or progress.step == 1 or progress.step % self.config.train.log_every == 0:
-            self.metrics.log(epoch=progress.epoch + 1, step=progress.step, num_steps=self.num_steps, lr=lr)
-        if epoch_ends:
-            progress.epoch, progress.num_seen = progress.epoch + 1, 0
-        if saves:
-            self.checkpoints.save(self.state, consolidated=self.config.checkpoint.save_consolidated)
-
-    def _lr_factor(self, step: int) -> float:
-        """Share of the peak learning rate: linear up to it, then a cosine down to 0 behind the last step."""
-        if step < self.num_warmup_steps:
-            return (step + 1) / self.num_warmup_steps
-        share = (step - self.num_warmup_steps) / max(1, self.num_steps - self.num_warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    def _share_of_run(self, num_seen: int) -> float:
+        """How much of the run's data was seen; the last step of an epoch may count some of it twice."""
+        share_of_epoch = min(1.0, num_seen / len(self.data.examples))
+        return (self.state.progress.epoch + share_of_epoch) / self.config.train.epochs
 
 
-@dataclass(slots=True)
-class _Sums:
-    loss: torch.Tensor
-    weight: torch.Tensor
-    counts: torch.Tensor
-    num_tokens: int = 0
-
-
-class _Metrics:
-    """Sums since the last log line, and the file that keeps the lines."""
-
-    def __init__(self, path: Path, num_steps: int, ranks: Ranks) -> None:
-        self.path = path
-        self.num_unroll_steps = num_steps
-        self.ranks = ranks
-        self._clear()
-
-    def add(self, loss_sum: torch.Tensor, weight_sum: torch.Tensor, counts: StepCounts, num_tokens: int) -> None:
-        """Add one step: global sums of loss and weight, and this process's counts and tokens."""
-        self.sums.loss += loss_sum
-        self.sums.weight += weight_sum
-        self.sums.counts += counts.as_tensor()
-        self.sums.num_tokens += num_tokens
-
-    def log(self, *, epoch: int, step: int, num_steps: int, lr: float) -> None:
-        """Log and write the means since the last time, over all processes, and start anew."""
-        self.ranks.sum_(self.sums.counts)
-        counts = StepCounts.from_tensor(self.sums.counts)
-        loss = float(self.sums.loss / self.sums.weight) if self.sums.weight > 0 else 0.0
-        accuracy = counts.accuracy()
-        speed = self.sums.num_tokens * self.ranks.world_size / max(1e-9, time.perf_counter() - self.started)
-        logger.info(
-            "epoch %d step %d/%d: loss %.4f, accuracy %s, accept length %.2f of %d, learning rate %.3g, %.0f tokens/s",
-            *(epoch, step, num_steps, loss, " ".join(f"{share:.3f}" for share in accuracy)),
-            *(counts.accept_length(), self.num_unroll_steps, lr, speed),
-        )
-        entry = {
-            "step": step,
-            "epoch": epoch,
-            "loss": loss,
-            "accuracy": accuracy,
-            "accept_length": counts.accept_length(),
-            "lr": lr,
-        }
-        if self.ranks.is_first:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        self._clear()
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run takes again."""
-        if self.ranks.is_first and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def _clear(self) -> None:
-        device = self.ranks.device
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        counts = torch.zeros(4, self.num_unroll_steps, dtype=torch.int64, device=device)
-        self.sums = _Sums(zero, zero.clone(), counts)
-        self.started = time.perf_counter()
-
-
-def _log_data(data: EncodedData) -> None:
+def _load_data(config: RunConfig, path: str, target: FrozenTarget) -> EncodedData:
+    data = encode(load_conversations(path), target.tokenizer, max_length=config.data.max_length)
     logger.info(
         "Data: %d conversations, %d tokens, %d of them supervised; %d dropped without a token to learn, %d cut short",
         *(len(data.examples), data.num_tokens, data.num_supervised, data.num_dropped, data.num_truncated),
     )
+    return data
+
+
+def _precision(config: RunConfig, device: torch.device) -> torch.dtype:
+    if config.train.precision is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    precision: torch.dtype = getattr(torch, config.train.precision)
+    return precision
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+@contextmanager
+def _deterministic(enabled: bool) -> Iterator[None]:
+    """Within the block, torch chooses operations that give the same bits each time, or says that it has none."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if enabled:
+        # cuBLAS reads it when it is first used, and torch demands it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,183 @@
+"""Step 14: what a run measures: sums that become means once, at the end, and the places where they are written."""
+
+import importlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from eagle3.config import RunConfig
+from eagle3.errors import ConfigError
+from eagle3.loss import StepCounts
+from eagle3.parallel import Ranks
+
+#: One JSON object per logged step, in the folder of the run.
+METRICS = "metrics.jsonl"
+#: One JSON object per look at the validation data.
+VALIDATION = "validation.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """The means over a number of batches of all processes.
+
+    Attributes:
+        loss: The sum of weighted losses over the sum of weights; 0 where nothing carries loss.
+        accuracy: For each step of the unroll, the share of supervised pairs in which draft and target agree.
+        accepted: For each depth, the share of rows supervised up to it in which they agree at it and before.
+        accept_length: How many tokens of a greedy chain the target would accept, simulated: the sum of `accepted`.
+    """
+
+    loss: float
+    accuracy: list[float]
+    accepted: list[float]
+    accept_length: float
+
+
+class Sums:
+    """Sums over batches, on the device; nothing is divided, and nothing waits for the device, until it is read.
+
+    Args:
+        num_steps: Of the unroll.
+        ranks: The processes whose sums belong together.
+    """
+
+    def __init__(self, num_steps: int, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.loss_and_weight = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        self.counts = torch.zeros(4, num_steps, dtype=torch.int64, device=ranks.device)
+        self.num_tokens = 0
+        self.started = time.perf_counter()
+
+    def add(self, loss_and_weight: Tensor, counts: StepCounts, num_tokens: int) -> None:
+        """Adds what a batch gave: its sums of loss and weight, its counts, and how many tokens it has."""
+        self.loss_and_weight += loss_and_weight
+        self.counts += counts.as_tensor()
+        self.num_tokens += num_tokens
+
+    def measure(self, *, loss_is_global: bool) -> Measurement:
+        """Adds up all processes and divides. Called by all of them.
+
+        Args:
+            loss_is_global: Whether each process added the sums of loss and weight of all processes already.
+        """
+        if not loss_is_global:
+            self.ranks.sum_(self.loss_and_weight)
+        self.ranks.sum_(self.counts)
+        loss, weight = self.loss_and_weight.tolist()
+        counts = StepCounts.from_tensor(self.counts)
+        return Measurement(
+            loss=loss / weight if weight else 0.0,
+            accuracy=counts.accuracy(),
+            accepted=counts.accepted(),
+            accept_length=counts.accept_length(),
+        )
+
+    def tokens_per_second(self) -> float:
+        """How fast all processes together took in tokens since these sums were made."""
+        return self.num_tokens * self.ranks.world_size / max(1e-9, time.perf_counter() - self.started)
+
+
+class MetricsLog:
+    """Writes measurements of the first process to its files, and to the trackers that the config names.
+
+    Args:
+        config: Of the run.
+        ranks: Only the first writes.
+
+    Raises:
+        ConfigError: If a tracker is asked for that is not installed.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config = config
+        self.out = Path(config.out)
+        self.is_writer = ranks.is_first
+        self._wandb = _import_wandb() if config.log.wandb is not None and self.is_writer else None
+        self._wandb_run: Any = None
+        self._tensorboard: SummaryWriter | None = None
+
+    def open(self, *, step: int) -> None:
+        """Begins after so many steps: what was written of later ones, which are taken again, is dropped."""
+        if not self.is_writer:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, VALIDATION):
+            _forget_after(self.out / name, step)
+        if self.config.log.tensorboard:
+            self._tensorboard = SummaryWriter(str(self.out / TENSORBOARD), purge_step=step + 1)
+        if self._wandb is not None:
+            # One run of wandb for one folder, also when it is resumed.
+            identity = self.out.absolute().as_posix().strip("/").replace("/", "-")[-64:]
+            self._wandb_run = self._wandb.init(
+                project=self.config.log.wandb,
+                id=identity,
+                resume="allow",
+                dir=str(self.out),
+                config=asdict(self.config),
+            )
+
+    def train(self, measurement: Measurement, *, step: int, epoch: int, **numbers: float) -> None:
+        """Writes one line of training, with further numbers such as the learning rate."""
+        self._write(METRICS, "train", measurement, step=step, epoch=epoch, numbers=numbers)
+
+    def validation(self, measurement: Measurement, *, step: int, epoch: int) -> None:
+        """Writes one look at the validation data."""
+        self._write(VALIDATION, "validation", measurement, step=step, epoch=epoch, numbers={})
+
+    def close(self) -> None:
+        """Ends what `open` began."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+
+    def _write(
+        self, file_name: str, part: str, measurement: Measurement, *, step: int, epoch: int, numbers: dict[str, float]
+    ) -> None:
+        if not self.is_writer:
+            return
+        entry = {"step": step, "epoch": epoch, **asdict(measurement), **numbers}
+        with (self.out / file_name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        flat = _flatten(part, asdict(measurement) | numbers)
+        if self._tensorboard is not None:
+            for name, value in flat.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb_run is not None:
+            self._wandb_run.log(flat, step=step)
+
+
+def _flatten(part: str, values: dict[str, Any]) -> dict[str, float]:
+    """One name per number: lists get one per depth."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{part}/{name}/{depth}": number for depth, number in enumerate(value, start=1)}
+        else:
+            flat[f"{part}/{name}"] = value
+    return flat
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            "log.wandb is set, but the package wandb is not installed. Install it with `pip install wandb`, or leave "
+            "out log.wandb; metrics.jsonl and TensorBoard need nothing."
+        ) from error
