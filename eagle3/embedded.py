@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eagle3.data import Batch, BatchOrder, Conversation, EncodedData, batches, encode, load_conversations
+from eagle3.conversations import Conversation, load_conversations
+from eagle3.data import Batch, BatchOrder, batches
+from eagle3.tokens import EncodedData, encode
 
 _log = logging.getLogger("eagle3")
 

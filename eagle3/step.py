@@ -51,12 +51,13 @@ class Scorer:
             Its sums, and whether a feature is not finite, as a scalar bool on the device.
         """
         input_ids_BT, loss_mask_BT = batch.input_ids_BT.to(self.device), batch.loss_mask_BT.to(self.device)
-        features = self.target.features(input_ids_BT)
+        documents_BT = None if batch.documents_BT is None else batch.documents_BT.to(self.device)
+        features = self.target.features(input_ids_BT, documents_BT=documents_BT)
         finite = features.aux_BTA.isfinite().all() & features.hidden_BTE.isfinite().all()
         aux_BTA = features.aux_BTA if self.feature_dtype is None else features.aux_BTA.to(self.feature_dtype)
         with self.autocast:
             result: UnrollResult = self.unroll(
-                input_ids_BT, loss_mask_BT, aux_BTA, features.hidden_BTE, self.target.head_VE
+                input_ids_BT, loss_mask_BT, aux_BTA, features.hidden_BTE, self.target.head_VE, documents_BT
             )
         return result, ~finite
 

@@ -1,11 +1,11 @@
-"""Step 5: the frozen target, and the hidden states that it hands to the draft.
+"""Step 9: the frozen target, and the hidden states that it hands to the draft.
 
 Shape suffixes: B batch, T tokens, V target vocabulary, E target hidden, A = 3E.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,15 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from eagle3.data import positions_of
 from eagle3.errors import ConfigError, TargetError
+from eagle3.features import Features
 
 # What transformers raises for a folder that it cannot read: each has been met, none is a programming error of ours.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 # Share of the largest logit. Equal products differ by 2 ** -8 in bfloat16; scaled, capped or shifted ones by more.
 _HEAD_TOLERANCE = 0.02
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Features:
-    """What the draft learns from, in the target's dtype, new tensors that need no gradient.
-
-    Attributes:
-        aux_BTA: `(B, T, 3E)`, the three captured states of each token side by side, the lowest layer first.
-        hidden_BTE: `(B, T, E)`, the state that the target's head reads, behind the final norm.
-    """
-
-    aux_BTA: torch.Tensor
-    hidden_BTE: torch.Tensor
 
 
 class FrozenTarget:
@@ -54,6 +43,7 @@ class FrozenTarget:
         embedding_VE: The embedding's weight itself, not a copy.
         head_VE: The output head's weight itself; the same tensor as `embedding_VE` when the target ties them.
         layer_ids: The three captured layers.
+        end_ids: The tokens that end what the model generates, from its configs.
 
     Raises:
         TargetError: The model is too shallow, its layers cannot be found, its head is more than a matrix product with
@@ -78,7 +68,10 @@ class FrozenTarget:
                 f"The tokenizer has {len(tokenizer)} tokens, but the target's embedding has {self.vocab_size} rows. "
                 "Use the tokenizer that belongs to the target."
             )
+        self.end_ids = _end_ids(model)
         self.head_VE = self._checked_head()
+        # Whether one forward can hold several documents side by side; found out when first asked.
+        self._packs: bool | None = None
 
     @classmethod
     def load(
@@ -123,7 +116,7 @@ class FrozenTarget:
         return cls(model.to(device), tokenizer=tokenizer, layers=layers)
 
     @torch.no_grad()
-    def features(self, input_ids_BT: torch.Tensor) -> Features:
+    def features(self, input_ids_BT: torch.Tensor, *, documents_BT: torch.Tensor | None = None) -> Features:
         """Runs the target once, up to its final norm: no logits are made.
 
         There is no attention mask. Padding stands on the right, and a causal model's token sees only what is to its
@@ -131,17 +124,56 @@ class FrozenTarget:
 
         Args:
             input_ids_BT: int64 `(B, T)` on the target's device, padded on the right with any id.
+            documents_BT: int64 `(B, T)`, equal for the tokens of one document, which stand side by side; None if every
+                row is one document. Documents of one row do not see each other. A model that cannot keep them apart
+                within a row is run on each alone.
 
         Returns:
             The features of all tokens, padding included.
         """
+        if documents_BT is None:
+            return self._features(input_ids_BT, None)
+        if self._packs is None:
+            self._packs = self._keeps_documents_apart()
+        if self._packs:
+            return self._features(input_ids_BT, positions_of(documents_BT))
+        return self._features_one_by_one(input_ids_BT, documents_BT)
+
+    def _features(self, input_ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> Features:
         width = self.head_VE.shape[1]
-        aux_BTA = torch.empty(
-            *input_ids_BT.shape, len(self.layer_ids) * width, dtype=self.head_VE.dtype, device=input_ids_BT.device
-        )
+        aux_BTA = self.head_VE.new_empty(*input_ids_BT.shape, len(self.layer_ids) * width)
+        # transformers takes positions that begin again for the sign of another document.
+        positions = {} if positions_BT is None else {"position_ids": positions_BT}
         with self._capture_inputs(aux_BTA.split(width, dim=-1)):
-            hidden_BTE = self.decoder(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+            hidden_BTE = self.decoder(input_ids=input_ids_BT, use_cache=False, **positions).last_hidden_state
         return Features(aux_BTA=aux_BTA, hidden_BTE=hidden_BTE)
+
+    def _features_one_by_one(self, input_ids_BT: torch.Tensor, documents_BT: torch.Tensor) -> Features:
+        width = self.head_VE.shape[1]
+        aux_BTA = self.head_VE.new_empty(*input_ids_BT.shape, len(self.layer_ids) * width)
+        hidden_BTE = self.head_VE.new_empty(*input_ids_BT.shape, width)
+        for row, documents_T in enumerate(documents_BT.cpu()):
+            lengths = documents_T.unique_consecutive(return_counts=True)[1].tolist()
+            for start, length in zip(itertools.accumulate([0, *lengths]), lengths, strict=False):
+                part = (slice(row, row + 1), slice(start, start + length))
+                alone = self._features(input_ids_BT[part], None)
+                aux_BTA[part], hidden_BTE[part] = alone.aux_BTA, alone.hidden_BTE
+        return Features(aux_BTA=aux_BTA, hidden_BTE=hidden_BTE)
+
+    def _keeps_documents_apart(self) -> bool:
+        """Whether the second of two documents side by side has the states that it has alone, whatever the first is."""
+        device = self.head_VE.device
+        positions_BT = torch.arange(12, device=device)[None] % 6
+        ids_BT = torch.arange(12, device=device)[None] % self.vocab_size
+        other_ids_BT = ids_BT.clone()
+        other_ids_BT[:, :6] = ids_BT[:, 6:].flip(1)
+        try:
+            second, again = (self._features(ids, positions_BT).hidden_BTE[:, 6:] for ids in (ids_BT, other_ids_BT))
+        except TypeError:  # the model takes no positions
+            return False
+        alone = self._features(ids_BT[:, 6:], None).hidden_BTE
+        difference = float((second - alone).abs().max())
+        return torch.equal(second, again) and difference <= _HEAD_TOLERANCE * float(alone.abs().max())
 
     @contextmanager
     def _capture_inputs(self, slots: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -185,6 +217,14 @@ class FrozenTarget:
                 "distribution. Choose a target without."
             )
         return head_VE
+
+
+def _end_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    found: set[int] = set()
+    for config in (model.generation_config, model.config.get_text_config(decoder=True)):
+        ids = getattr(config, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return tuple(sorted(found))
 
 
 def _copy_input_to(slot: torch.Tensor) -> Callable[..., None]:

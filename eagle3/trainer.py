@@ -18,9 +18,10 @@ from eagle3.checkpoint import (
     write_draft_config,
 )
 from eagle3.config import RunConfig, write_run_config
-from eagle3.data import Batch, BatchOrder, EncodedData, batches, encode, load_conversations
+from eagle3.data import Batch, BatchOrder, batches
 from eagle3.draft import Draft, draft_config
 from eagle3.errors import CheckpointError
+from eagle3.inputs import RunInputs, choose_vocab, open_inputs
 from eagle3.loss import Objective
 from eagle3.metrics import METRICS as METRICS
 from eagle3.metrics import Measurement, MetricsLog, Sums
@@ -29,9 +30,8 @@ from eagle3.parallel import Ranks
 from eagle3.progress import Display
 from eagle3.step import Scorer, StepResult, Watch, take_step
 from eagle3.stopping import StopRequest, stop_on_signals
-from eagle3.target import FrozenTarget
+from eagle3.tokens import EncodedData
 from eagle3.unroll import TrainingTimeTest
-from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 
 logger = logging.getLogger("eagle3")
 
@@ -56,15 +56,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         stack.enter_context(_deterministic(config.train.deterministic))
         # From here on, a signal waits until there is something to save.
         request = stack.enter_context(stop_on_signals())
-        target = FrozenTarget.load(
-            config.target.model,
-            dtype=getattr(torch, config.target.dtype),
-            device=ranks.device,
-            layers=config.target.layers,
-        )
-        data = _load_data(config, config.data.train, target)
-        validation = None if config.data.validation is None else _load_data(config, config.data.validation, target)
-        _Run(config, ranks, checkpoints, metrics, target, data, validation, request).go()
+        inputs = open_inputs(config, device=ranks.device)
+        _Run(config, ranks, checkpoints, metrics, inputs, request).go()
 
 
 class _Run:
@@ -76,18 +69,17 @@ class _Run:
         ranks: Ranks,
         checkpoints: RunCheckpoints,
         metrics: MetricsLog,
-        target: FrozenTarget,
-        data: EncodedData,
-        validation: EncodedData | None,
+        inputs: RunInputs,
         request: StopRequest,
     ) -> None:
         self.config = config
         self.ranks = ranks
         self.checkpoints = checkpoints
         self.metrics = metrics
-        self.target = target
-        self.data = data
-        self.validation = validation
+        self.inputs = inputs
+        self.target = target = inputs.target
+        self.data = data = inputs.data
+        self.validation = inputs.validation
         self.request = request
         self.order = self._order_of(data)
         draft = self._make_draft()
@@ -170,7 +162,7 @@ class _Run:
 
     def _log_validate_and_save_if_due(self, result: StepResult) -> None:
         progress, config = self.state.progress, self.config
-        epoch_ends = progress.num_seen >= len(self.data.examples)
+        epoch_ends = progress.num_seen >= self.data.num_rows
         saves = epoch_ends or _is_due(progress.step, config.checkpoint.every_steps)
         # Also before a save: a line's means then never reach over a place where a run may be resumed.
         looks = saves or progress.step == 1 or _is_due(progress.step, config.train.log_every)
@@ -236,13 +228,7 @@ class _Run:
             # Its weights and vocabulary come from the checkpoint.
             return Draft(read_draft_config(out)).to(self.ranks.device)
         target = self.target
-        counts_V = count_supervised(self.data.examples, target.vocab_size)
-        forced = forced_ids(target.tokenizer, target.vocab_size)
-        vocab = choose_draft_vocab(counts_V, size=self.config.draft.vocab_size, forced_ids=forced)
-        logger.info(
-            "Draft vocabulary: %d of %d tokens, %.2f%% of what the assistant wrote",
-            *(vocab.size, target.vocab_size, 100 * vocab.coverage),
-        )
+        vocab = choose_vocab(self.inputs, self.config)
         config = draft_config(target.config, draft_vocab_size=vocab.size, options=self.config.draft)
         config.eagle_aux_hidden_state_layer_ids = list(target.layer_ids)
         torch.manual_seed(self.config.train.seed)
@@ -255,7 +241,7 @@ class _Run:
 
     def _order_of(self, data: EncodedData) -> BatchOrder:
         return BatchOrder(
-            len(data.examples),
+            data.num_rows,
             batch_size=self.config.train.batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
@@ -276,8 +262,15 @@ class _Run:
 
     def _steps_of_batches(self) -> Iterator[list[Batch]]:
         """The batches that are left of the epoch under way, as many at a time as a step takes."""
-        epoch, taken = self.state.progress.epoch, []
-        for batch in batches(self.data, order=self.order, epoch=epoch, start_step=self._first_batch(), pad_id=0):
+        taken = []
+        for batch in batches(
+            self.data,
+            order=self.order,
+            epoch=self.state.progress.epoch,
+            start_step=self._first_batch(),
+            pad_id=0,
+            num_workers=self.config.data.num_workers,
+        ):
             taken.append(batch)
             if len(taken) == self.config.train.accumulate:
                 yield taken
@@ -293,17 +286,8 @@ class _Run:
 
     def _share_of_run(self, num_seen: int) -> float:
         """How much of the run's data was seen; the last step of an epoch may count some of it twice."""
-        share_of_epoch = min(1.0, num_seen / len(self.data.examples))
+        share_of_epoch = min(1.0, num_seen / self.data.num_rows)
         return (self.state.progress.epoch + share_of_epoch) / self.config.train.epochs
-
-
-def _load_data(config: RunConfig, path: str, target: FrozenTarget) -> EncodedData:
-    data = encode(load_conversations(path), target.tokenizer, max_length=config.data.max_length)
-    logger.info(
-        "Data: %d conversations, %d tokens, %d of them supervised; %d dropped without a token to learn, %d cut short",
-        *(len(data.examples), data.num_tokens, data.num_supervised, data.num_dropped, data.num_truncated),
-    )
-    return data
 
 
 def _precision(config: RunConfig, device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eagle3.attention import row_attention
+from eagle3.data import positions_of
 from eagle3.draft import Draft
 from eagle3.loss import SOFT_CROSS_ENTROPY, Objective, StepCounts, head_loss
 from eagle3.teacher import Teacher, teach
@@ -67,8 +68,9 @@ def plan_rows(loss_mask_BT: Tensor, num_steps: int, *, documents_BT: Tensor | No
     num_tokens = loss_mask_BT.shape[1]
     mask_BT = loss_mask_BT.bool()
     time_T = torch.arange(num_tokens, device=mask_BT.device)
-    starts_BT = _starts(documents_BT, time_T)
-    teaches_BT = mask_BT & (time_T > starts_BT)
+    positions_BT = time_T[None] if documents_BT is None else positions_of(documents_BT)
+    starts_BT = time_T - positions_BT
+    teaches_BT = mask_BT & (positions_BT > 0)
     supervised_BTS = _ahead(teaches_BT, num_steps)
     if documents_BT is not None:
         # Not in place: the steps of neighbouring rows share memory.
@@ -83,21 +85,12 @@ def plan_rows(loss_mask_BT: Tensor, num_steps: int, *, documents_BT: Tensor | No
         batch_N=batch_N,
         time_N=row_time_N if starts_N is None else row_time_N - starts_N,
         starts_N=starts_N,
-        positions_BT=time_T - starts_BT,
+        positions_BT=positions_BT,
         tokens_SN=tokens_SN,
         supervised_SN=supervised_BTS[batch_N, row_time_N].T,
         teacher_SN=rank_of_token[tokens_SN].clamp(min=0),
         teacher_rows_M=teaches_BT.flatten().nonzero().squeeze(1),
     )
-
-
-def _starts(documents_BT: Tensor | None, time_T: Tensor) -> Tensor:
-    """Position of the first token of each token's document: (B, T), or (1, T) of zeros without documents."""
-    if documents_BT is None:
-        return torch.zeros_like(time_T)[None]
-    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    return torch.where(begins_BT, time_T, 0).cummax(dim=1).values
 
 
 def _ahead(values_BT: Tensor, num_steps: int) -> Tensor:

@@ -1,16 +1,18 @@
-"""Step 4: the draft vocabulary, which is the target's tokens that the assistant writes most.
+"""Step 8: the draft vocabulary, which is the target's tokens that the assistant writes most.
 
 Shape suffixes: V target vocabulary, D draft vocabulary.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from eagle3.data import Example
 from eagle3.errors import ConfigError, DataError
+from eagle3.files import TensorCache
+from eagle3.tokens import EncodedData, Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,6 +28,9 @@ class DraftVocab:
     ids_D: torch.Tensor
     target_size: int
     coverage: float
+
+    def __str__(self) -> str:
+        return f"{self.size} of {self.target_size} tokens, {self.coverage:.2%} of what the assistant wrote"
 
     @property
     def size(self) -> int:
@@ -68,9 +73,79 @@ def count_supervised(examples: Sequence[Example], vocab_size: int) -> torch.Tens
     return counts_V
 
 
-def forced_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
-    """The ids below `vocab_size` of the tokenizer's special tokens (begin, end, padding, unknown, extra), ascending."""
-    return tuple(sorted({index for index in tokenizer.all_special_ids if index < vocab_size}))
+def forced_ids(
+    tokenizer: PreTrainedTokenizerBase, counts_V: torch.Tensor, *, end_ids: Iterable[int] = ()
+) -> tuple[int, ...]:
+    """The ids that a draft must be able to propose however rare they are, ascending.
+
+    Args:
+        tokenizer: The target's own.
+        counts_V: int64 `(V,)`, from `count_supervised`.
+        end_ids: The target's end-of-sequence tokens, from its config.
+
+    Returns:
+        Those below V of the tokenizer's special tokens (begin, end, padding, unknown, extra), of `end_ids`, and of the
+        added special tokens that the assistant writes: where templates end a turn with another token than a sequence,
+        that is one of them.
+    """
+    vocab_size = counts_V.numel()
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special and index < vocab_size}
+    written = {index for index in added if counts_V[index] > 0}
+    return tuple(sorted(index for index in {*tokenizer.all_special_ids, *end_ids, *written} if index < vocab_size))
+
+
+def draft_vocab(
+    data: EncodedData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    target_vocab_size: int,
+    end_ids: Iterable[int],
+    size: int | None,
+    cache: TensorCache,
+) -> DraftVocab:
+    """Chooses the draft vocabulary of a run, and keeps it under a digest of all that it depends on.
+
+    Args:
+        data: The conversations to train on.
+        tokenizer: As for `forced_ids`.
+        target_vocab_size: V, rows of the target's embedding.
+        end_ids: As for `forced_ids`.
+        size: D, or None for the whole vocabulary.
+        cache: Gets `vocab-DIGEST.safetensors` with `d2t`, `t2d` and `counts`, and the coverage in its metadata.
+
+    Raises:
+        ConfigError: `size` does not fit.
+        DataError: An id of the data lies outside the target's vocabulary, or the cache cannot be written.
+    """
+    counts_V = count_supervised(data.examples, target_vocab_size)
+    forced = forced_ids(tokenizer, counts_V, end_ids=end_ids)
+    vocab = choose_draft_vocab(counts_V, size=size, forced_ids=forced)
+    name = vocab_file(data, target_vocab_size=target_vocab_size, size=size, forced_ids=forced)
+    with cache.locked(name):
+        if not (cache.folder / name).exists():
+            tensors = {"d2t": vocab.d2t_D, "t2d": vocab.t2d_V, "counts": counts_V}
+            cache.write(name, tensors, {"coverage": str(vocab.coverage)})
+    return vocab
+
+
+def vocab_file(data: EncodedData, *, target_vocab_size: int, size: int | None, forced_ids: Sequence[int]) -> str:
+    """The name of the file that keeps a draft vocabulary: a digest of all that it depends on."""
+    content = f"{data.token_digest} {target_vocab_size} {size} {list(forced_ids)}"
+    return f"vocab-{hashlib.sha256(content.encode()).hexdigest()[:32]}.safetensors"
+
+
+def require_coverage(vocab: DraftVocab, min_coverage: float) -> None:
+    """Refuses a draft vocabulary that leaves out too much of what the assistant writes.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if vocab.coverage < min_coverage:
+        raise ConfigError(
+            f"The {vocab.size} most frequent tokens are only {vocab.coverage:.2%} of what the assistant wrote, below "
+            f"draft.min_coverage {min_coverage:.2%}; the draft could never propose the rest. Raise draft.vocab_size, "
+            "or lower draft.min_coverage if that is meant."
+        )
 
 
 def choose_draft_vocab(counts_V: torch.Tensor, *, size: int | None, forced_ids: Iterable[int]) -> DraftVocab:

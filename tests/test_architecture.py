@@ -25,9 +25,8 @@ FLOW = {
     "tiepolicy_hf": "_plugin __init__",
     "tiepolicy_dcp": """errors _ranks _folder _digests _reader _writer _state _extra _retention _save _load _pointers
         _lock _store __init__""",
-    "eagle3": """errors config options data vocab target teacher draft attention loss unroll stopping parallel
-        optimizer metrics progress checkpoint step trainer
-        embedded
+    "eagle3": """errors config options files conversations packing tokens features data vocab target inputs teacher
+        draft attention loss unroll stopping parallel optimizer metrics progress checkpoint step trainer embedded
         demo cli __main__ __init__""",
 }
 

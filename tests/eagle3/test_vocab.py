@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from eagle3.data import Example
 from eagle3.errors import ConfigError, DataError
+from eagle3.tokens import Example
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 
 
@@ -99,4 +99,6 @@ def test_special_tokens_below_the_vocabulary_size_are_forced():
         eos_token="</s>",
         additional_special_tokens=["<tool>", "<late>"],
     )
-    assert forced_ids(tokenizer, 4) == (0, 2, 3)
+    counts = torch.zeros(4, dtype=torch.int64)
+    assert (0, 2, 3) == forced_ids(tokenizer, counts)
+    assert (0, 1, 2, 3) == forced_ids(tokenizer, counts, end_ids=[1, 9])

@@ -1,0 +1,96 @@
+"""Step 2: small files that one run makes and the next one reads: whole or absent, made by one process at a time."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from eagle3.errors import DataError
+
+logger = logging.getLogger("eagle3")
+
+
+class TensorCache:
+    """A folder of safetensors files, each under the digest of what it was made from.
+
+    Args:
+        folder: Made when something is written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Within the block, no other process is in a block for the same name.
+
+        Raises:
+            DataError: The folder cannot be made or written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / f"{name}.lock")
+            lock.acquire()
+        except OSError as error:
+            raise DataError(_unwritable(self.folder, error)) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def read(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        """The tensors and the metadata of a file; None where there is none, or a damaged one, which is reported."""
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be read (%s) and is made anew", path, error)
+            return None
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+        """Writes a file, which appears under its name when it is whole.
+
+        Returns:
+            Its path.
+
+        Raises:
+            DataError: It cannot be written, for example because the disk is full; nothing of it is left.
+        """
+        path = self.folder / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, save(dict(tensors), metadata=dict(metadata)))
+        except OSError as error:
+            raise DataError(_unwritable(path, error)) from error
+        return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is on the disk, and whole, before it has its name; after an error nothing of it is left.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written: {error.strerror or error}. Free some space or set data.cache to another folder."
