@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from torch import nn
 
 from models import FlaggedPair
 from tiepolicy.testing import FIELD_VOCAB_SIZES as FIELD_VOCAB_SIZES
@@ -15,6 +16,7 @@ from tiepolicy.testing import vocab_sizes as vocab_sizes
 __all__ = [
     "ALL_DTYPES",
     "FIELD_VOCAB_SIZES",
+    "blocked_modules",
     "dtypes",
     "flagged_pairs",
     "memory_dicts",
@@ -59,6 +61,28 @@ def _readings(row: torch.Tensor) -> list[torch.Tensor]:
     table = row[: row.numel() // 2 * 2].view(2, -1)
     views = [table, table.t(), row[::2], row[1:], row[2:2], row[:1].expand(3), table[:, :1], table[:, 0].unsqueeze(1)]
     return [row, row, row.detach(), row.conj(), *views]
+
+
+@st.composite
+def blocked_modules(draw: st.DrawFn) -> tuple[nn.Module, list[str]]:
+    """Trees of modules that share parameters and modules anywhere, and paths in them to be blocks."""
+    paths = [""]
+    modules = [nn.Module()]
+    parameters: list[nn.Parameter] = []
+    for index in range(draw(st.integers(1, 7))):
+        parent = draw(st.integers(0, len(modules) - 1))
+        # A module that was there before has several paths, and must not contain its parent.
+        leaves = [other for other in modules[1:] if not list(other.children()) and other is not modules[parent]]
+        module = draw(st.sampled_from(leaves)) if leaves and draw(st.integers(0, 3)) == 0 else nn.Module()
+        setattr(modules[parent], f"m{index}", module)
+        if module not in modules:
+            modules.append(module)
+            paths.append(f"{paths[parent]}.m{index}".removeprefix("."))
+    for index in range(draw(st.integers(1, 6))):
+        if not parameters or draw(st.booleans()):
+            parameters.append(nn.Parameter(torch.zeros(2)))
+        setattr(draw(st.sampled_from(modules)), f"p{index}", draw(st.sampled_from(parameters)))
+    return modules[0], draw(st.lists(st.sampled_from(paths), unique=True))
 
 
 @st.composite

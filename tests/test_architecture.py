@@ -14,7 +14,8 @@ PACKAGES = {
     "tiepolicy": (ROOT / "tiepolicy", set()),
     "tiepolicy_hf": (ROOT / "adapters" / "tiepolicy_hf", {"tiepolicy"}),
     "tiepolicy_dcp": (ROOT / "adapters" / "tiepolicy_dcp", {"tiepolicy"}),
-    "eagle3": (ROOT / "eagle3", {"tiepolicy", "tiepolicy_dcp", "tiepolicy_hf"}),
+    "tiepolicy_fsdp2": (ROOT / "adapters" / "tiepolicy_fsdp2", {"tiepolicy", "tiepolicy_dcp"}),
+    "eagle3": (ROOT / "eagle3", {"tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2"}),
 }
 
 #: Reading order inside the packages: a module imports only modules that stand before it.
@@ -25,6 +26,7 @@ FLOW = {
     "tiepolicy_hf": "_plugin __init__",
     "tiepolicy_dcp": """errors _ranks _folder _digests _reader _writer _state _extra _retention _save _load _pointers
         _lock _store __init__""",
+    "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel __init__",
     "eagle3": """errors config options files conversations packing tokens features data vocab target inputs teacher
         draft attention loss unroll stopping parallel optimizer metrics progress checkpoint step trainer embedded
         demo cli __main__ __init__""",
@@ -84,7 +86,7 @@ def test_only_one_core_module_reads_storages():
 
 
 def test_transformers_is_imported_by_the_trainer_only():
-    for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf"):
+    for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2"):
         used = {name.split(".")[0] for path in PACKAGES[package][0].glob("*.py") for name in imported(path)}
         assert "transformers" not in used
 

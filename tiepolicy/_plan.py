@@ -209,8 +209,8 @@ class TiePlan:
         """Make the names of every group one tensor again, in a module that lost it; changes the module.
 
         Use it after `to_empty()`, `load_state_dict(assign=True)`, conversions, and before the optimizer is built.
-        Parameters become one object; a view becomes a view again. What still holds is left alone. A tensor without
-        data (meta device) gives way to one with data.
+        Parameters become one object, also those that only share memory; a view becomes a view again. What still holds
+        is left alone. A tensor without data (meta device) gives way to one with data.
 
         Args:
             model: The module to change.
@@ -225,7 +225,7 @@ class TiePlan:
         share(
             model,
             self.groups,
-            holds=lambda group, alias: _holds(facts, group, alias),
+            holds=lambda group, alias: _is_one(facts, group, alias),
             keep=keep,
             moment=Moment.RETIE,
             resolver=self.resolver,
@@ -276,6 +276,14 @@ def _holds(facts: Facts, group: TieGroup, alias: Alias) -> bool:
     if alias.view is None:
         return reason in (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
     return reason is Reason.VIEW_OF and view_within(owner, part) == alias.view
+
+
+def _is_one(facts: Facts, group: TieGroup, alias: Alias) -> bool:
+    """Whether a tie holds for whoever trains it too: two parameters over one memory have two gradients."""
+    owner, part = facts[group.canonical], facts[alias.name]
+    if alias.view is None and owner.kind == part.kind == "parameter":
+        return owner.object_id == part.object_id
+    return _holds(facts, group, alias)
 
 
 def _check_present(names: tuple[str, ...], facts: Facts) -> None:

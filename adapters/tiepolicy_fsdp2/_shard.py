@@ -1,0 +1,129 @@
+"""Step 4, sharding: one parameter for each tie, one group for each tied parameter, then torch's `fully_shard`."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypedDict, TypeVar, Unpack
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.tensor import Shard
+
+from tiepolicy import Reason, TiePlan
+from tiepolicy_fsdp2._groups import Block, ShardGroup, shard_groups
+from tiepolicy_fsdp2._kept import keep_plan, kept_plan, places, verify
+from tiepolicy_fsdp2._ranks import agreed
+from tiepolicy_fsdp2.errors import ShardingError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ShardOptions(TypedDict, total=False):
+    """What torch's `fully_shard` takes beside the module and the mesh; what is not given has torch's default."""
+
+    reshard_after_forward: bool | int | None
+    shard_placement_fn: Callable[[nn.Parameter], Shard | None] | None
+    mp_policy: MixedPrecisionPolicy
+    offload_policy: OffloadPolicy
+    ignored_params: set[nn.Parameter] | None
+
+
+def fully_shard(
+    model: M,
+    *,
+    blocks: Iterable[Block | Sequence[Block]] = (),
+    mesh: DeviceMesh | None = None,
+    **options: Unpack[ShardOptions],
+) -> M:
+    """Shard a model with FSDP2 so that tied weights stay one parameter, whatever the blocks. Called by all ranks.
+
+    Takes the model's plan first and keeps it for `verify`. Two parameters over one memory (a tie through `.data`)
+    become one. Works on the meta device; `materialize` gives the model its memory afterwards. Build the optimizer last.
+
+    Args:
+        model: The whole module; changed in place, its class as well, as torch does it.
+        blocks: What to gather on its own, as `shard_groups` takes it. The rest of the model is the last group.
+        mesh: One dimension to shard over, or two: replicate, then shard. By default all ranks shard.
+        options: Handed to torch for every group as they are.
+
+    Returns:
+        The same module, which now is an `FSDPModule` too.
+
+    Raises:
+        ShardingError: If a block is not in the model, a part is sharded already, or a tie cannot survive: a view of a
+            part of a parameter, or a buffer that is a parameter.
+        BrokenTieError: If a tie was lost since the plan was kept.
+        PlanMismatchError: If ranks have other ties or other blocks. Whatever is wrong on one rank is raised on every
+            rank, before anything is sharded.
+    """
+
+    def decide() -> tuple[tuple[ShardGroup, ...], str]:
+        plan = kept_plan(model) or keep_plan(model)
+        plan.verify(model, after="its plan was kept")
+        _check_can_be_sharded(model, plan)
+        ignored = _one_parameter_each(model, plan, options.get("ignored_params") or set())
+        options["ignored_params"] = ignored or None
+        groups = shard_groups(model, blocks=blocks, ignored_params=ignored)
+        return groups, _digest(plan, groups)
+
+    for group in agreed(decide, mesh):
+        modules = group.modules[0] if len(group.modules) == 1 else list(group.modules)
+        torch_fully_shard(modules, mesh=mesh, **options)
+    verify(model, step="fully_shard")
+    return model
+
+
+def _digest(plan: TiePlan, groups: Sequence[ShardGroup]) -> str:
+    return hashlib.sha256(repr((plan.digest, [group.paths for group in groups])).encode()).hexdigest()
+
+
+def _check_can_be_sharded(model: nn.Module, plan: TiePlan) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            raise ShardingError(
+                f"a {type(module).__name__} in the {type(model).__name__} is sharded already, so its ties can no "
+                "longer be put in one group: hand the whole model to fully_shard before, and name its parts in blocks"
+            )
+    parameters = {place.name for place in places(model)}
+    for group in plan.groups:
+        for alias in group.aliases:
+            pair = {alias.name, group.canonical}
+            if alias.view is not None and pair & parameters:
+                raise ShardingError(
+                    f"{alias.name} is a part of {group.canonical} in one memory, and sharding gives each parameter "
+                    f"memory of its own, so the two would be trained apart. Keep only {group.canonical} as a parameter "
+                    "and take the part from it in forward()",
+                    names=sorted(pair),
+                )
+            if len(pair & parameters) == 1:
+                raise ShardingError(
+                    f"of {alias.name} and {group.canonical}, which are one tensor, one is a buffer and one a "
+                    "parameter; sharding would move the parameter only. Make both parameters",
+                    names=sorted(pair),
+                )
+    for refusal in plan.refused:
+        names = refusal.claim.names
+        if refusal.verdict.reason is Reason.STORAGE_OVERLAP_PARTIAL and parameters.intersection(names):
+            raise ShardingError(
+                f"{' and '.join(names)} overlap in one memory, and sharding gives each parameter memory of its own, so "
+                "the two would be trained apart. Give each its own memory before",
+                names=names,
+            )
+
+
+def _one_parameter_each(model: nn.Module, plan: TiePlan, ignored: set[nn.Parameter]) -> set[nn.Parameter]:
+    """Tie what only shares memory, and follow the ignored parameters to the ones that stand for them."""
+    before = {place.name: place.parameter for place in places(model)}
+    for group in plan.groups:
+        left_out = {name: before[name] in ignored for name in group.names if name in before}
+        if len(set(left_out.values())) > 1:
+            names = sorted(left_out, key=lambda name: not left_out[name])
+            raise ShardingError(
+                f"{names[0]} is among the ignored parameters and {names[-1]}, the same tensor, is not: ignore both or "
+                "neither",
+                names=names,
+            )
+    plan.retie(model)
+    kept = {place.parameter for place in places(model) if before[place.name] in ignored}
+    return kept | (ignored - set(before.values()))
