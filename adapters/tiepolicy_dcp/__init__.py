@@ -1,5 +1,7 @@
 """torch.distributed.checkpoint under the tie policy: each tied tensor once, whole or absent, and nothing unpickled."""
 
+from tiepolicy_dcp._async import PendingSave as PendingSave
+from tiepolicy_dcp._async import async_save as async_save
 from tiepolicy_dcp._load import Restored as Restored
 from tiepolicy_dcp._load import load as load
 from tiepolicy_dcp._pointers import BEST as BEST

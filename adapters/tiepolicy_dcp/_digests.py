@@ -26,6 +26,10 @@ _CHUNK_BYTES = 1 << 22
 Verify = Literal["full", "size", "off"]
 
 
+#: XXH3 with 128 bits, fed piece by piece.
+Digest = xxhash.xxh3_128
+
+
 class FileRecord(NamedTuple):
     """Size in bytes and digest as hexadecimal of one file."""
 
@@ -92,7 +96,7 @@ def check_files(folder: Path, records: Mapping[str, FileRecord], names: Sequence
 
 
 def _digest(path: Path) -> str:
-    state = xxhash.xxh3_128()
+    state = Digest()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

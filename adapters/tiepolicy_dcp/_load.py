@@ -1,4 +1,4 @@
-"""Step 10, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 11, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
 import warnings
 from collections.abc import Mapping, Sequence

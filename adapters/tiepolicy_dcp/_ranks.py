@@ -1,7 +1,7 @@
 """Step 1, ranks: what one rank finds out, all ranks know before anybody goes on."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
 
 import torch.distributed as dist
 
@@ -9,6 +9,9 @@ from tiepolicy import TiePlan
 from tiepolicy.errors import PlanMismatchError
 
 T = TypeVar("T")
+U = TypeVar("U")
+#: One result and no error, or no result and an error.
+Outcome: TypeAlias = tuple[list[T], Exception | None]
 
 
 def is_distributed() -> bool:
@@ -16,9 +19,9 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def rank() -> int:
+def rank(group: dist.ProcessGroup | None = None) -> int:
     """The number of this process, 0 if it is alone."""
-    return dist.get_rank() if is_distributed() else 0
+    return dist.get_rank(group) if group is not None or is_distributed() else 0
 
 
 def num_ranks() -> int:
@@ -26,35 +29,66 @@ def num_ranks() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def is_first_rank() -> bool:
+def is_first_rank(group: dist.ProcessGroup | None = None) -> bool:
     """Whether this rank does what is done once: folders, manifests, pointers."""
-    return rank() == 0
+    return rank(group) == 0
 
 
-def on_all_ranks(step: Callable[[], T]) -> list[T]:
-    """Run a step on every rank of the default group and return every rank's result, by rank.
+def on_all_ranks(step: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run a step on every rank and return every rank's result, by rank.
 
     Called by all ranks. The step may not communicate. If it raises on any rank, the error of the lowest such rank is
     raised on every rank, so that none waits for one that gave up.
+
+    Args:
+        step: What to do.
+        group: A group of all ranks to communicate in; the default group if not given.
+    """
+    if group is None and not is_distributed():  # a group that is given but was destroyed is an error, not one process
+        return [step()]
+    outcome = _outcome(step)
+    outcomes = [outcome] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, outcome, group=group)
+    return _results(outcomes)
+
+
+def on_first_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+    """Run a step on rank 0 only; all ranks return its result, or raise its error."""
+    return on_all_ranks(lambda: [step()] if is_first_rank(group) else [], group=group)[0][0]
+
+
+def through_first_rank(step: Callable[[], T], decide: Callable[[list[T]], list[U]]) -> U:
+    """Run a step on every rank, hand all results to rank 0, and return to each rank what rank 0 decides for it.
+
+    As `on_all_ranks`, without every rank seeing the results of all.
     """
     if not is_distributed():
-        return [step()]
-    outcome: tuple[list[T], Exception | None]
+        return decide([step()])[0]
+    outcome = _outcome(step)
+    outcomes = [outcome] * num_ranks() if is_first_rank() else None
+    dist.gather_object(outcome, outcomes)
+    answers: list[Outcome[U]] = []
+    if outcomes is not None:
+        gathered = outcomes
+        decided = _outcome(lambda: decide(_results(gathered)))
+        answers = [([], decided[1])] * num_ranks() if decided[1] else [([value], None) for value in decided[0][0]]
+    answer: list[Outcome[U]] = [([], None)]
+    dist.scatter_object_list(answer, answers)
+    return _results(answer)[0]
+
+
+def _outcome(step: Callable[[], T]) -> "Outcome[T]":
     try:
-        outcome = [step()], None
+        return [step()], None
     except Exception as error:  # handed on whole, to every rank
-        outcome = [], error
-    outcomes = [outcome] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+        return [], error
+
+
+def _results(outcomes: Sequence["Outcome[T]"]) -> list[T]:
     failures = [failure for _, failure in outcomes if failure is not None]
     if failures:
         raise failures[0]
     return [result for results, _ in outcomes for result in results]
-
-
-def on_first_rank(step: Callable[[], T]) -> T | None:
-    """Run a step on rank 0 only; all ranks return its result, or raise its error."""
-    return on_all_ranks(lambda: step() if is_first_rank() else None)[0]
 
 
 def agreed_plan(make_plan: Callable[[], TiePlan]) -> TiePlan:

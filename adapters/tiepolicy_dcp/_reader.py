@@ -1,4 +1,4 @@
-"""Step 4, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
+"""Step 5, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
 import io
 from pathlib import Path

@@ -1,29 +1,29 @@
-"""Step 9, saving: plan, agree, write, flush, publish."""
+"""Step 10, saving: plan, agree, write, flush, publish."""
 
 import json
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import TiePlan
 from tiepolicy_dcp._digests import FileRecord, measure, write_digests
 from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
+from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, write_manifest, write_text
-from tiepolicy_dcp._ranks import agreed_plan, is_distributed, is_first_rank, on_all_ranks, on_first_rank, rank
+from tiepolicy_dcp._ranks import agreed_plan, is_first_rank, on_all_ranks, on_first_rank, rank
 from tiepolicy_dcp._retention import RECORD
 from tiepolicy_dcp._state import ModelState, OptimizerState
-from tiepolicy_dcp._writer import AliasWriter
+from tiepolicy_dcp._writer import AliasWriter, Share, data_file, divide
 from tiepolicy_dcp.errors import CheckpointError
 
 #: File of a checkpoint with the whole model as other tools read it.
@@ -63,7 +63,7 @@ def save(
         CheckpointError: If the folder exists or cannot be written; what was written so far is removed.
     """
     contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
-    return write(Path(folder).absolute(), contents)
+    return complete(begin(Path(folder).absolute(), contents))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,25 +95,53 @@ def collect(
     return Contents(plan=plan, state=state, extra=packed, whole=whole)
 
 
-def write(folder: Path, contents: Contents, *, record: Mapping[str, Any] | None = None) -> Path:
-    """Write a checkpoint and publish it. Called by all ranks, see `save`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A checkpoint about to be written: all ranks know what each of them writes, and where."""
+
+    folder: Path
+    unfinished: Path
+    contents: Contents
+    share: Share
+    #: What a store wants to know of it later, as JSON; rank 0's is kept.
+    record: Mapping[str, Any] | None
+
+
+def begin(folder: Path, contents: Contents, *, record: Mapping[str, Any] | None = None) -> Job:
+    """Agree on who writes what, and make the folder. Called by all ranks with what `collect` returned on each."""
+    share = divide(contents.state)
+    unfinished = on_first_rank(lambda: prepare(folder))
+    return Job(folder=folder, unfinished=unfinished, contents=contents, share=share, record=record)
+
+
+def complete(
+    job: Job,
+    *,
+    write: Callable[[Path], Written] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint and publish it. Called by all ranks, from any thread.
 
     Args:
-        folder: Its absolute path.
-        contents: What `collect` returned on this rank.
-        record: What a store wants to know of it later, as JSON; what rank 0 passes is kept.
+        job: What `begin` returned on this rank.
+        write: Writes the tensors of this rank's share, or copies of them, to a file; `write_tensors` if not given.
+        group: The group of all ranks to communicate in; the default group if not given.
     """
-    unfinished = cast("Path", on_first_rank(lambda: prepare(folder)))
+    share = job.share
+
+    def write_share() -> tuple[list[WriteResult], FileRecord]:
+        path = job.unfinished / data_file(share.rank)
+        written = write_tensors(path, share.tensors()) if write is None else write(path)
+        return share.results(written), written.record
+
     try:
-        _write_tensors(unfinished, contents)
-        of_ranks = on_all_ranks(lambda: measure(unfinished.glob(f"__{rank()}_*")))
-        records = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
-        on_first_rank(lambda: _finish(unfinished, folder, contents, record=record, records=records))
-    except (CheckpointException, OSError, ValueError) as error:
-        if is_first_rank():
-            discard(unfinished)
-        raise _as_checkpoint_error(folder, error) from error
-    return folder
+        of_ranks = on_all_ranks(write_share, group=group)
+        on_first_rank(lambda: _finish(job, of_ranks), group=group)
+    except (OSError, ValueError, RuntimeError) as error:
+        if share.rank == 0:
+            discard(job.unfinished)
+        raise _as_checkpoint_error(job.folder, error) from error
+    return job.folder
 
 
 def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict[str, dict[str, torch.Tensor]]:
@@ -129,21 +157,6 @@ def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict
     return state
 
 
-def _write_tensors(unfinished: Path, contents: Contents) -> None:
-    plan, model = contents.plan, contents.state["model"]
-    aliases = {
-        f"model.{alias.name}": f"model.{group.canonical}"
-        for group in plan.groups
-        for alias in plan.whole_aliases(group.canonical)
-        if group.canonical in model
-    }
-    with warnings.catch_warnings():
-        # One process is a supported way to save, not an accident worth a warning.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        state: dict[str, Any] = dict(contents.state)
-        dcp_save(state, storage_writer=AliasWriter(unfinished, aliases), no_dist=not is_distributed())
-
-
 def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
     """The whole model on the CPU of rank 0, without aliases; empty on other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -151,31 +164,37 @@ def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
     return plan.compact(gathered)
 
 
-def _finish(
-    unfinished: Path,
-    folder: Path,
-    contents: Contents,
-    *,
-    record: Mapping[str, Any] | None,
-    records: Mapping[str, FileRecord],
-) -> None:
-    """Write what rank 0 writes alone, and publish; `records` describes the files that all ranks wrote."""
+def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) -> None:
+    """Write what rank 0 writes alone, and publish."""
+    unfinished, contents = job.unfinished, job.contents
+    assert job.share.metadata is not None
+    AliasWriter(unfinished, _aliases(contents)).finish(job.share.metadata, [results for results, _ in of_ranks])
     write_manifest(unfinished, contents.plan)
     write_extra(unfinished, contents.extra)
-    if record is not None:
-        write_text(unfinished / RECORD, json.dumps(record, indent=1))
+    if job.record is not None:
+        write_text(unfinished / RECORD, json.dumps(job.record, indent=1))
     if contents.whole is not None:
         tensors = {name: tensor.contiguous() for name, tensor in contents.whole.items()}
         save_file(tensors, unfinished / CONSOLIDATED, metadata={"format": "pt"})
         flush_file(unfinished / CONSOLIDATED)
+    records = {data_file(of_rank): record for of_rank, (_, record) in enumerate(of_ranks)}
     own = measure(path for path in unfinished.iterdir() if path.name not in records)
     write_digests(unfinished, {**records, **own})
-    publish(unfinished, folder)
+    publish(unfinished, job.folder)
 
 
-def _as_checkpoint_error(folder: Path, error: BaseException) -> CheckpointError:
+def _aliases(contents: Contents) -> dict[str, str]:
+    """For each further name of a whole stored tensor, its canonical one, as the metadata has them."""
+    plan, model = contents.plan, contents.state["model"]
+    return {
+        f"model.{alias.name}": f"model.{group.canonical}"
+        for group in plan.groups
+        for alias in plan.whole_aliases(group.canonical)
+        if group.canonical in model
+    }
+
+
+def _as_checkpoint_error(folder: Path, error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
-    # DCP's exception holds one error per failed rank and is no Exception itself.
-    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    return CheckpointError(f"{folder} could not be written: {type(causes[0]).__name__}: {causes[0]}. Nothing was kept")
+    return CheckpointError(f"{folder} could not be written: {type(error).__name__}: {error}. Nothing was kept")

@@ -1,4 +1,4 @@
-"""Step 6, state: what of a model and an optimizer goes into a checkpoint, each tied tensor once and nothing pickled."""
+"""Step 7, state: what of a model and an optimizer goes into a checkpoint, each tied tensor once and nothing pickled."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Step 13, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 17, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math
@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tiepolicy import TiePlan
+from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
 from tiepolicy_dcp._digests import Verify
 from tiepolicy_dcp._folder import delete, remove_leftovers
 from tiepolicy_dcp._load import Restored, load
@@ -17,7 +18,7 @@ from tiepolicy_dcp._lock import WriterLock
 from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, move_pointers, read_pointer
 from tiepolicy_dcp._ranks import on_first_rank
 from tiepolicy_dcp._retention import Mode, Record, Retention, checked_metrics, is_checkpoint, read_records
-from tiepolicy_dcp._save import collect, write
+from tiepolicy_dcp._save import begin, collect, complete
 from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")
@@ -54,6 +55,7 @@ class CheckpointStore:
         self.root = Path(root).absolute()
         self.retention = Retention(keep_last=keep_last, keep_best=keep_best, metric=metric, mode=mode)
         self._lock = WriterLock(self.root)
+        self._savers: dict[Worker, AsyncSaver] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -62,8 +64,17 @@ class CheckpointStore:
         self.close()
 
     def close(self) -> None:
-        """Give the root free for another writer. A later save takes it again."""
-        self._lock.release()
+        """Wait for the save under way, then give the root free for another writer. A later save takes it again.
+
+        Raises:
+            CheckpointError: As `wait` says; the root is free nevertheless.
+        """
+        try:
+            self.wait()
+        finally:
+            while self._savers:
+                self._savers.popitem()[1].release()
+            self._lock.release()
 
     def save(
         self,
@@ -94,11 +105,65 @@ class CheckpointStore:
             CheckpointError: If the name is no plain file name, a metric no finite number, or the store's metric not
                 among them; if another process writes under the root; or as `tiepolicy_dcp.save` says.
         """
+        self.wait()
         record = on_first_rank(lambda: self._begin(name, metrics))
         contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
-        folder = write(self.root / name, contents, record=None if record is None else record.to_json())
+        folder = complete(begin(self.root / name, contents, record=record.to_json()))
         on_first_rank(lambda: self._commit(name))
         return folder
+
+    def async_save(
+        self,
+        name: str,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        extra: Mapping[str, Any] | None = None,
+        plan: TiePlan | None = None,
+        consolidated: bool = False,
+        metrics: Mapping[str, float] | None = None,
+        worker: Worker = "thread",
+    ) -> PendingSave:
+        """Do what `save` does, but return when everything is copied; it is written, pointed to and so on meanwhile.
+
+        One save is under way at a time: the next one, and `close`, wait for it and raise its error if `result` has not.
+        The memory for the copies is kept for the next save. Close the store before the process group is destroyed.
+
+        Args:
+            name: As in `save`, like the arguments that are not named here.
+            model: What to save; it may be changed as soon as this returns.
+            optimizer: Its optimizer.
+            extra: Nested JSON values and tensors.
+            plan: The model's plan.
+            consolidated: Also write `model.safetensors`.
+            metrics: What is known of the checkpoint.
+            worker: Who writes meanwhile: a "thread", or another "process", which does not compete for the interpreter.
+
+        Returns:
+            What tells when the checkpoint is published. A process that ends before waits for it; one that is killed
+            leaves the checkpoint before it.
+
+        Raises:
+            CheckpointError: If the save under way failed, or as `save` says for all that can be known before the files
+                are written.
+        """
+        self.wait()
+        record = on_first_rank(lambda: self._begin(name, metrics))
+        contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+        if worker not in self._savers:
+            self._savers[worker] = AsyncSaver(worker)
+        return self._savers[worker].start(
+            self.root / name, contents, record=record.to_json(), then=lambda: self._commit(name)
+        )
+
+    def wait(self) -> None:
+        """Wait for the save that `async_save` began.
+
+        Raises:
+            CheckpointError: On every rank, if it failed and `PendingSave.result` has not said so yet.
+        """
+        for saver in self._savers.values():
+            saver.wait()
 
     def load(
         self,

@@ -1,0 +1,227 @@
+"""Step 16, saving while training goes on: copy, return, and write what was copied in the background."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from tiepolicy import TiePlan
+from tiepolicy_dcp._files import Written, write_tensors
+from tiepolicy_dcp._folder import discard
+from tiepolicy_dcp._ranks import is_distributed, is_first_rank, on_all_ranks, on_first_rank
+from tiepolicy_dcp._save import Contents, Job, begin, collect, complete
+from tiepolicy_dcp._staging import SharedStaging, Staging, layout
+from tiepolicy_dcp._worker import WorkerProcess
+from tiepolicy_dcp.errors import CheckpointError
+
+logger = logging.getLogger("tiepolicy_dcp")
+
+#: Who writes the files meanwhile: a thread of this process, or another process, which takes no turn of this one's
+#: interpreter.
+Worker = Literal["thread", "process"]
+
+
+class PendingSave:
+    """A checkpoint that is being written; returned by `async_save`."""
+
+    def __init__(self) -> None:
+        self._future: Future[Path] = Future()
+        self._told = False
+
+    def done(self) -> bool:
+        """Whether it is published, or has failed."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Path:
+        """Wait for the checkpoint; its folder. Called by any rank.
+
+        Args:
+            timeout: Seconds to wait; without end if not given.
+
+        Raises:
+            CheckpointError: If it could not be written; nothing was kept of it.
+            TimeoutError: If it is still being written.
+        """
+        error = self._future.exception(timeout)
+        self._told = error is not None
+        return self._future.result()
+
+    def settle(self) -> None:
+        """Wait, and raise the error that nobody has been told of yet."""
+        if self._future.exception() is not None and not self._told:
+            self.result()
+
+    def finish(self, outcome: Path | Exception) -> None:
+        """Say how it ended."""
+        if isinstance(outcome, Exception):
+            self._future.set_exception(outcome)
+        else:
+            self._future.set_result(outcome)
+
+    def when_done(self, step: Callable[[], None]) -> None:
+        """Call something when it has ended."""
+        self._future.add_done_callback(lambda _: step())
+
+
+class AsyncSaver:
+    """Saves one checkpoint at a time in the background. All ranks call the methods together.
+
+    Its memory, a copy of what this process saves, and its helpers live until `close`.
+
+    Args:
+        worker: Who writes.
+    """
+
+    def __init__(self, worker: Worker = "thread") -> None:
+        if worker not in ("thread", "process"):
+            raise CheckpointError(f"worker is {worker!r}, but must be 'thread' or 'process'")
+        self._shared = SharedStaging() if worker == "process" else None
+        self._staging = self._shared or Staging()
+        self._process = None if self._shared is None else WorkerProcess(self._shared.descriptor)
+        # The trainer's collectives and ours must not meet in one group, nor ours wait for a GPU.
+        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._pending: PendingSave | None = None
+
+    def start(
+        self,
+        folder: Path,
+        contents: Contents,
+        *,
+        record: Mapping[str, Any] | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> PendingSave:
+        """Copy what this rank writes, and return; the rest happens in the background.
+
+        Args:
+            folder: The checkpoint's absolute path.
+            contents: What `collect` returned on this rank.
+            record: What a store wants to know of it later.
+            then: What rank 0 does once the checkpoint is published.
+
+        Raises:
+            CheckpointError: If the save before this one failed; nothing is begun.
+        """
+        self.wait()
+        if self._process is not None:
+            self._process.start()
+        job = begin(folder, contents, record=record)
+        live = [*job.share.tensors(), *(contents.whole or {}).values()]
+        copies: list[torch.Tensor] = []
+        try:
+            on_all_ranks(lambda: copies.extend(self._staging.copy(live)))
+        except (MemoryError, OSError, RuntimeError) as error:
+            if is_first_rank():
+                discard(job.unfinished)
+            raise CheckpointError(f"{folder} could not be copied for a save in the background: {error}") from error
+        self._pending = PendingSave()
+        arguments = (self._pending, _with_copies(job, copies), self._write(copies[: len(job.share.plan.items)]), then)
+        # No daemon: a process that ends while it saves waits until that is done.
+        threading.Thread(target=self._run, args=arguments, name=f"save {folder.name}").start()
+        return self._pending
+
+    def wait(self) -> None:
+        """Wait for the save under way, if there is one.
+
+        Raises:
+            CheckpointError: On every rank, if it failed and `PendingSave.result` has not said so yet.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            on_all_ranks(pending.settle)
+
+    def close(self) -> None:
+        """Wait for the save under way, and give everything back.
+
+        Raises:
+            CheckpointError: As `wait` says.
+        """
+        try:
+            self.wait()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give memory, process and group back; nothing may be under way."""
+        if self._process is not None:
+            self._process.close()
+        if self._shared is not None:
+            self._shared.close()
+        if self._group is not None and is_distributed():
+            dist.destroy_process_group(self._group)
+
+    def _write(self, copies: Sequence[torch.Tensor]) -> Callable[[Path], Written]:
+        process = self._process
+        if process is None:
+            return lambda path: write_tensors(path, copies)
+        places, _ = layout(copies)
+        return lambda path: process.write(path, places)
+
+    def _run(self, pending: PendingSave, job: Job, write: Callable[[Path], Written], then: Callable[[], None]) -> None:
+        try:
+            complete(job, write=write, group=self._group)
+            on_first_rank(then, group=self._group)
+        except Exception as error:  # handed on whole, to whoever asks next
+            logger.exception("the save of %s in the background failed", job.folder)
+            pending.finish(error)
+        else:
+            pending.finish(job.folder)
+
+
+def async_save(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: Mapping[str, Any] | None = None,
+    plan: TiePlan | None = None,
+    consolidated: bool = False,
+    worker: Worker = "thread",
+) -> PendingSave:
+    """Write a checkpoint as `save` does, but return when everything is copied, before it is written.
+
+    The model may be changed as soon as this returns. Several of these copy the model several times; `CheckpointStore`
+    has one at a time and keeps its memory. Where ranks talk to each other, call `result` before the default process
+    group is destroyed.
+
+    Args:
+        folder: A name that does not exist yet.
+        model: What to save, like the arguments that are not named here; see `save`.
+        optimizer: Its optimizer.
+        extra: Nested JSON values and tensors.
+        plan: The model's plan.
+        consolidated: Also write `model.safetensors`.
+        worker: Who writes meanwhile: a "thread", or another "process", which does not compete for the interpreter.
+
+    Returns:
+        What tells when the checkpoint is published. A process that ends before waits for it; one that is killed leaves
+        nothing under the checkpoint's name.
+
+    Raises:
+        CheckpointError: As `save` does, for all that can be known before the files are written.
+    """
+    contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+    saver = AsyncSaver(worker)
+    try:
+        pending = saver.start(Path(folder).absolute(), contents)
+    except CheckpointError:
+        saver.release()
+        raise
+    pending.when_done(saver.release)
+    return pending
+
+
+def _with_copies(job: Job, copies: Sequence[torch.Tensor]) -> Job:
+    """The job with the gathered model taken from the copies, which end with it."""
+    whole = job.contents.whole
+    if not whole:
+        return job
+    copied = dict(zip(whole, copies[-len(whole) :], strict=True))
+    return replace(job, contents=replace(job.contents, whole=copied))
