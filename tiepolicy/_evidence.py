@@ -1,14 +1,13 @@
 """Step 7, evidence: what the facts of two tensors prove about each other, the ground of every decision."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from tiepolicy._facts import TensorFact
+from tiepolicy._facts import TensorFact, extent
 from tiepolicy._verdicts import Reason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
+class View(NamedTuple):
     """How a tensor lies inside a dense one, all in elements: `owner.flatten().as_strided(shape, stride, offset)`."""
 
     shape: tuple[int, ...]
@@ -39,7 +38,7 @@ def relate(owner: TensorFact, part: TensorFact) -> Reason:
         return Reason.DTYPE_MISMATCH
     if (owner.device, owner.placement) != (part.device, part.placement):
         return Reason.PLACEMENT_MISMATCH
-    return Reason.STORAGE_OVERLAP_PARTIAL if overlap(owner, part) else Reason.STORAGE_DISJOINT
+    return Reason.STORAGE_OVERLAP_PARTIAL if owner.region.meets(part.region) else Reason.STORAGE_DISJOINT
 
 
 def layout(fact: TensorFact) -> Hashable:
@@ -47,15 +46,15 @@ def layout(fact: TensorFact) -> Hashable:
 
     Where memory proves nothing, that is the identity of the object.
     """
-    if fact.inner and all(part.inner or memory_space(part) is not None for part in fact.inner):
+    if fact.inner and all(part.inner or part.region.space is not None for part in fact.inner):
         within = tuple(layout(part) for part in fact.inner)
         return within, fact.shape, fact.stride, fact.dtype, fact.placement, _described(fact.context)
-    space = memory_space(fact)
-    if space is None:
+    region = fact.region
+    if region.space is None:
         return fact.object_id
     # The stride of a dimension of one element moves nowhere.
     steps = tuple(step if size != 1 else 0 for size, step in zip(fact.local_shape, fact.stride, strict=True))
-    return space, byte_span(fact)[0], fact.local_shape, steps, fact.shape, fact.dtype, fact.placement
+    return region.space, region.start, fact.local_shape, steps, fact.shape, fact.dtype, fact.placement
 
 
 def same_layout(a: TensorFact, b: TensorFact) -> bool:
@@ -73,58 +72,15 @@ def view_within(owner: TensorFact, part: TensorFact) -> View | None:
 
     Only a dense owner can be indexed by a flat offset, and a view of a DTensor's shard is no view of the whole.
     """
-    if not _in_one_memory(owner, part) or owner.dtype != part.dtype or owner.placement or part.placement:
+    whole, inside = owner.region, part.region
+    if whole.space is None or whole.space != inside.space or owner.dtype != part.dtype:
         return None
-    offset, rest = divmod(byte_span(part)[0] - byte_span(owner)[0], owner.dtype.itemsize)
-    view = View(shape=part.local_shape, stride=part.stride, offset=offset)
-    num_elements = extent(owner.local_shape, owner.stride)
-    if not is_dense(owner) or rest or view.offset < 0 or view.end > num_elements:
+    if not owner.is_dense or owner.placement or part.placement:
         return None
-    return view
-
-
-def overlap(a: TensorFact, b: TensorFact) -> bool:
-    """Whether the byte ranges that two tensors span in one memory meet."""
-    if not _in_one_memory(a, b):
-        return False
-    (a_start, a_end), (b_start, b_end) = byte_span(a), byte_span(b)
-    return a_start < b_end and b_start < a_end
-
-
-def memory_space(fact: TensorFact) -> Hashable | None:
-    """Within what `byte_span` counts: a real device, or one storage without memory; None where nothing is known."""
-    return fact.storage if fact.address is None else str(fact.device)
-
-
-def byte_span(fact: TensorFact) -> tuple[int, int]:
-    """Start and end of a tensor in its memory space, in bytes."""
-    start = fact.offset * fact.dtype.itemsize if fact.address is None else fact.address
-    return start, start + extent(fact.local_shape, fact.stride) * fact.dtype.itemsize
-
-
-def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last that a strided tensor touches, both included; 0 if it has none."""
-    if 0 in shape:
-        return 0
-    last = 0
-    for size, step in zip(shape, stride, strict=True):
-        last += (size - 1) * step
-    return last + 1
-
-
-def is_dense(fact: TensorFact) -> bool:
-    """Whether the tensor is contiguous in row-major order."""
-    expected = 1
-    for size, step in zip(reversed(fact.local_shape), reversed(fact.stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _in_one_memory(a: TensorFact, b: TensorFact) -> bool:
-    space = memory_space(a)
-    return space is not None and space == memory_space(b)
+    offset, rest = divmod(inside.start - whole.start, owner.dtype.itemsize)
+    if rest or offset < 0 or inside.end > whole.end:
+        return None
+    return View(shape=part.local_shape, stride=part.stride, offset=offset)
 
 
 def _described(context: object) -> Hashable:

@@ -1,6 +1,7 @@
 """Step 1, what was seen: the facts about one named tensor, without any inference."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -51,7 +52,22 @@ class Specs(Mapping[str, TensorSpec]):
         return self._rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Region(NamedTuple):
+    """The bytes that a tensor spans in the memory of this process."""
+
+    #: Within what start and end count: a real device, or one storage without memory; None where nothing is known.
+    space: Hashable | None
+    start: int
+    end: int
+
+    def meets(self, other: "Region") -> bool:
+        """Whether two tensors span common bytes."""
+        return (
+            self.space is not None and self.space == other.space and self.start < other.end and other.start < self.end
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorFact:
     """What can be known about a named tensor without reading its data.
 
@@ -91,5 +107,38 @@ class TensorFact:
         """Global shape and dtype."""
         return TensorSpec(self.shape, self.dtype)
 
+    @functools.cached_property
+    def extent(self) -> int:
+        """Elements from the first to the last in memory, both included; 0 if there are none."""
+        return extent(self.local_shape, self.stride)
+
+    @functools.cached_property
+    def region(self) -> Region:
+        """Where the tensor lies."""
+        itemsize = self.dtype.itemsize
+        space: Hashable = self.storage if self.address is None else str(self.device)
+        start = self.offset * itemsize if self.address is None else self.address
+        return Region(space, start, start + self.extent * itemsize)
+
+    @functools.cached_property
+    def is_dense(self) -> bool:
+        """Whether the tensor is contiguous in row-major order."""
+        expected = 1
+        for size, step in zip(reversed(self.local_shape), reversed(self.stride), strict=True):
+            if size != 1 and step != expected:
+                return False
+            expected *= size
+        return True
+
     def __str__(self) -> str:
         return f"{self.name} {self.shape}"
+
+
+def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last that a strided tensor touches, both included; 0 if it has none."""
+    if 0 in shape:
+        return 0
+    last = 0
+    for size, step in zip(shape, stride, strict=True):
+        last += (size - 1) * step
+    return last + 1

@@ -1,14 +1,17 @@
-"""Step 8, grouping: the parts of a plan, as plain data."""
+"""Step 8, grouping: the parts of a plan, as plain data; and the group that memory alone settles."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tiepolicy._claims import Claim
 from tiepolicy._evidence import View
+from tiepolicy._memory import nested
+from tiepolicy._observe import Facts
 from tiepolicy._verdicts import Reason, Verdict
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alias:
+class Alias(NamedTuple):
     """A name that is not stored, because its tensor is, or lies within, the one stored under the canonical name."""
 
     name: str
@@ -47,3 +50,37 @@ class RefusedClaim:
         )
         claimant = self.claim.detail or self.claim.source
         return f"{first} and {second} cannot be one tensor: {self.verdict.detail}; claimed by {claimant}"
+
+
+def group_by_memory(names: Sequence[str], facts: Facts) -> TieGroup | None:
+    """The group of names that meet in memory, where one of them holds all the others; None where it is not so plain.
+
+    What claims, verdicts and the choice of a name come to for such names if no plugin has a say in it, in one look at
+    each of them.
+
+    Args:
+        names: Sorted.
+        facts: What was seen of them.
+    """
+    tensors = [facts.tensor(name) for name in names]
+    if all(tensor is tensors[0] for tensor in tensors):
+        return TieGroup(
+            canonical=names[0], aliases=tuple(Alias(name=name, reason=Reason.SAME_OBJECT) for name in names[1:])
+        )
+    found = nested(tensors)
+    if found is None:
+        return None
+    owner, offsets = found
+    whole = tensors[owner]
+    shape = tuple(whole.shape)
+    aliases = []
+    for name, tensor, offset in zip(names, tensors, offsets, strict=True):
+        if tensor is whole:
+            if name != names[owner]:
+                aliases.append(Alias(name=name, reason=Reason.SAME_OBJECT))
+        elif tensor.shape == shape and tensor.is_contiguous():
+            aliases.append(Alias(name=name, reason=Reason.SAME_STORAGE))
+        else:
+            view = View(shape=tuple(tensor.shape), stride=tensor.stride(), offset=offset)
+            aliases.append(Alias(name=name, reason=Reason.VIEW_OF, view=view))
+    return TieGroup(canonical=names[owner], aliases=tuple(aliases))

@@ -76,6 +76,24 @@ def sharing(tensors: list[torch.Tensor]) -> list[list[int]]:
     return sets + _sharing_without_address([(position, tensors[position]) for position in rest])
 
 
+def nested(tensors: list[torch.Tensor]) -> tuple[int, list[int]] | None:
+    """Which of some tensors, the first that is dense, holds all the others; and where each begins in it, in elements.
+
+    None if there is no such tensor, or if addresses do not say everything about one of them.
+    """
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1 or not _are_what_their_storage_says(tensors):
+        return None
+    starts = [tensor.data_ptr() for tensor in tensors]
+    ends = [start + _length(tensor) for start, tensor in zip(starts, tensors, strict=True)]
+    first, last = min(starts), max(ends)
+    reach_all = (position for position, ends_at in enumerate(ends) if starts[position] == first and ends_at == last)
+    owner = next((position for position in reach_all if tensors[position].is_contiguous()), None)
+    itemsize = tensors[0].itemsize
+    if owner is None or first == 0 or any((start - first) % itemsize for start in starts):
+        return None
+    return owner, [(start - first) // itemsize for start in starts]
+
+
 def _sharing_without_address(tensors: list[tuple[int, torch.Tensor]]) -> list[list[int]]:
     """The sets of tensors that are one object or lie in one storage object."""
     positions: dict[int, list[int]] = {}
@@ -110,6 +128,8 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 def _length(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last element of a strided tensor, both included."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     if tensor.numel() == 0:
         return 0
     steps = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -128,4 +148,15 @@ def _is_what_its_storage_says(local: torch.Tensor) -> bool:
         and local.numel() > 0
         and not (local.is_quantized or local.is_conj() or local.is_neg())
         and (type(local) in _PLAIN or not is_traceable_wrapper_subclass(local))
+    )
+
+
+def _are_what_their_storage_says(tensors: list[torch.Tensor]) -> bool:
+    """Whether that holds for all of some tensors of one dtype, none of a class of its own."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and {tensor.layout for tensor in tensors} == {torch.strided}
+        and all(map(torch.Tensor.numel, tensors))
+        and not (tensors[0].is_quantized or any(map(torch.Tensor.is_conj, tensors)))
+        and not any(map(torch.Tensor.is_neg, tensors))
     )

@@ -11,15 +11,18 @@ from torch import nn
 from tiepolicy import _rules, hookspecs
 from tiepolicy._claims import Claim, Source
 from tiepolicy._conflict import Conflict, Moment, Resolution, unresolved
-from tiepolicy._evidence import extent, is_dense, relate, view_within
+from tiepolicy._evidence import relate, view_within
 from tiepolicy._external import ExternalTie, Owners, find_external
 from tiepolicy._facts import TensorFact
-from tiepolicy._groups import Alias, RefusedClaim, TieGroup
+from tiepolicy._groups import Alias, RefusedClaim, TieGroup, group_by_memory
 from tiepolicy._observe import Facts, observe
 from tiepolicy._plan import TiePlan
 from tiepolicy._retie import Keep, share
 from tiepolicy._verdicts import Reason, Verdict
 from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
+
+#: Relations in which one tensor is the whole of the other.
+_EXACT = (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
 
 
 class Policy:
@@ -70,15 +73,16 @@ class Policy:
             UnsafeVerdictError: If a plugin calls names one tensor that are not.
         """
         facts = observe(source)
-        accepted, refused = self._judge(self._claims(source if isinstance(source, nn.Module) else None, facts), facts)
-        groups = tuple(sorted(self._groups(accepted, facts), key=_name_of))
-        specs = facts.specs()
+        claims = self._plugin_claims(source if isinstance(source, nn.Module) else None, facts)
+        settled, unsettled = self._settle(claims, facts)
+        accepted, refused = self._judge(_pairs([*claims, *_rules.claims_of(unsettled, facts)]), facts)
+        groups = tuple(sorted([*settled, *self._groups(accepted, facts)], key=_name_of))
         plan = TiePlan(
-            tensors=specs,
+            tensors=facts.specs(),
             groups=groups,
             refused=_without_accepted(refused, groups),
             external=_external(facts, groups, external, digests=digests),
-            resolver=self.resolve if self._manager.hook.tiepolicy_resolve.get_hookimpls() else unresolved,
+            resolver=self.resolve if self._plugins_answer("tiepolicy_resolve") else unresolved,
         )
         self._ask("tiepolicy_planned", plan=plan)
         return plan
@@ -102,7 +106,8 @@ class Policy:
             TiePolicyError: If one of the names is a view of a part of a third tensor.
         """
         facts = observe(model)
-        accepted, refused = self._judge(self._claims(model, facts), facts)
+        claims = [*self._plugin_claims(model, facts), *_rules.tiepolicy_claims(facts)]
+        accepted, refused = self._judge(_pairs(claims), facts)
         possible = [refusal.claim for refusal in refused if _is_possible(refusal, facts)]
         wanted = {name for claim in possible for name in claim.names}
         groups = [
@@ -146,35 +151,62 @@ class Policy:
         aliases = tuple(Alias(name=name, reason=Reason.SAME_OBJECT) for name in names if name != canonical)
         return TieGroup(canonical=canonical, aliases=aliases)
 
-    def _claims(self, model: nn.Module | None, facts: Facts) -> list[Claim]:
-        answers = self._ask("tiepolicy_claims", model=model, facts=facts)
+    def _plugin_claims(self, model: nn.Module | None, facts: Facts) -> list[Claim]:
+        """What the plugins claim; the built-in rules are not among them."""
+        hook = self._manager.subset_hook_caller("tiepolicy_claims", remove_plugins=[_rules])
+        answers = self._call(hook, model=model, facts=facts)
         claims = [claim for answer in answers for claim in answer]
         for claim in claims:
             self._check_type("tiepolicy_claims", claim, Claim)
-        pairs = {pair for claim in claims for pair in claim.pairs()}
-        return sorted(pairs, key=lambda claim: (claim.names, claim.source, claim.detail))
+        return claims
+
+    def _settle(self, claims: list[Claim], facts: Facts) -> tuple[list[TieGroup], list[tuple[str, ...]]]:
+        """The groups that memory alone settles, and the sets of names that meet in memory and have to be judged.
+
+        A set is judged if a claim is about one of its names, or if a plugin decides claims or chooses names.
+        """
+        sets = facts.sharing()
+        if self._plugins_answer("tiepolicy_decide") or self._plugins_answer("tiepolicy_canonical"):
+            return [], sets
+        claimed = {name for claim in claims for name in claim.names}
+        groups, unsettled = [], []
+        for names in sets:
+            group = group_by_memory(names, facts) if claimed.isdisjoint(names) else None
+            if group is None:
+                unsettled.append(names)
+            else:
+                groups.append(group)
+        return groups, unsettled
 
     def _judge(self, claims: list[Claim], facts: Facts) -> tuple[list[Claim], list[RefusedClaim]]:
         accepted, refused = [], []
+        asks_plugins = self._plugins_answer("tiepolicy_decide")
         for claim in claims:
-            verdict = self._ask("tiepolicy_decide", claim=claim, facts=facts)
-            self._check_type("tiepolicy_decide", verdict, Verdict)
+            verdict = self._verdict(claim, facts) if asks_plugins else _rules.tiepolicy_decide(claim, facts)
             if verdict.is_alias:
-                _check_evidence(claim, verdict, facts)
                 accepted.append(claim)
             else:
                 refused.append(RefusedClaim(claim=claim, verdict=verdict, shapes=_shapes(claim, facts)))
         return accepted, refused
 
+    def _verdict(self, claim: Claim, facts: Facts) -> Verdict:
+        """The first answer to a claim, which may be a plugin's and is held against the evidence."""
+        verdict = self._ask("tiepolicy_decide", claim=claim, facts=facts)
+        self._check_type("tiepolicy_decide", verdict, Verdict)
+        if verdict.is_alias:
+            _check_evidence(claim, verdict, facts)
+        return verdict  # type: ignore[no-any-return]  # checked above
+
     def _groups(self, accepted: list[Claim], facts: Facts) -> list[TieGroup]:
         """What accepted claims connect, each set of names with one that contains all others."""
         groups = []
         for names, claims in _join(accepted):
-            owners = _owners(names, facts)
+            owners, relations = _owners(names, facts)
             # A part of two tensors that only overlap may truly be claimed of both; its storage claim settles whose.
             settled = [claim for claim in claims if claim.source is Source.STORAGE]
             if owners:
-                groups.append(self._group(names, owners, claims, facts))
+                canonical = self._canonical(names, owners, claims, facts)
+                groups.append(_group(canonical, names, relations if canonical == owners[0] else {}, facts))
             elif len(settled) < len(claims):
                 groups += self._groups(settled, facts)
             else:
@@ -183,9 +215,10 @@ class Policy:
                 )
         return groups
 
-    def _group(
+    def _canonical(
         self, names: tuple[str, ...], owners: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts
-    ) -> TieGroup:
+    ) -> str:
+        """The name to store for tied names, one of those that contain all others."""
         canonical = self._ask("tiepolicy_canonical", group=owners, claims=claims, facts=facts)
         self._check_type("tiepolicy_canonical", canonical, str)
         if canonical not in owners:
@@ -194,24 +227,24 @@ class Policy:
                 f"rebuilt from it; the names that contain all others are {list(owners)}",
                 names=names,
             )
-        owner = facts[canonical]
-        aliases = []
-        for name in names:
-            if name != canonical:
-                reason = relate(owner, facts[name])
-                view = view_within(owner, facts[name]) if reason is Reason.VIEW_OF else None
-                aliases.append(Alias(name=name, reason=reason, view=view))
-        return TieGroup(canonical=canonical, aliases=tuple(aliases))
+        return canonical  # type: ignore[no-any-return]  # checked above
 
     def _ask(self, hook_name: str, **arguments: Any) -> Any:
-        hook = getattr(self._manager.hook, hook_name)
+        return self._call(getattr(self._manager.hook, hook_name), **arguments)
+
+    def _call(self, hook: pluggy.HookCaller, **arguments: Any) -> Any:
         try:
             return hook(**arguments)
         except Exception as error:
             plugin = self._culprit(hook, error)
             if plugin is None:
                 raise
-            raise PluginError(f"{hook_name} of the plugin {plugin} raised {type(error).__name__}: {error}") from error
+            raise PluginError(f"{hook.name} of the plugin {plugin} raised {type(error).__name__}: {error}") from error
+
+    def _plugins_answer(self, hook_name: str) -> bool:
+        """Whether anybody but the built-in rules implements a hook."""
+        implementations = getattr(self._manager.hook, hook_name).get_hookimpls()
+        return any(implementation.plugin is not _rules for implementation in implementations)
 
     def _culprit(self, hook: pluggy.HookCaller, error: Exception) -> str | None:
         """The name of the plugin whose implementation is on the error's traceback."""
@@ -259,6 +292,12 @@ def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts) -> None:
     )
 
 
+def _pairs(claims: Iterable[Claim]) -> list[Claim]:
+    """The claims as claims of two names, each once, in an order of their own."""
+    pairs = {pair for claim in claims for pair in claim.pairs()}
+    return sorted(pairs, key=lambda claim: (claim.names, claim.source, claim.detail))
+
+
 def _join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]]:
     """Sets of names that accepted claims connect, with their claims (disjoint-set union)."""
     parent: dict[str, str] = {}
@@ -282,23 +321,46 @@ def _join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]
     return [(tuple(sorted(names[root])), tuple(claims_of[root])) for root in names]
 
 
-def _owners(names: Sequence[str], facts: Facts) -> tuple[str, ...]:
-    """The names from which every other can be rebuilt: the longest tensor and its exact doubles; none if none can."""
+def _owners(names: Sequence[str], facts: Facts) -> tuple[tuple[str, ...], dict[str, Reason]]:
+    """The names from which every other can be rebuilt: the longest tensor and its exact doubles; none if none can.
+
+    Returns:
+        The names, sorted, and how every name relates to the first of them, where that was looked at.
+    """
     members = [facts[name] for name in names]
     if len({fact.object_id for fact in members}) == 1:
-        return tuple(sorted(names))
-    longest = max(extent(fact.local_shape, fact.stride) for fact in members)
+        return tuple(sorted(names)), dict.fromkeys(names, Reason.SAME_OBJECT)
+    longest = max(fact.extent for fact in members)
     # Whatever contains a view is dense; looking there first finds the owner at once.
-    long = sorted((fact for fact in members if extent(fact.local_shape, fact.stride) == longest), key=_is_strided)
+    long = sorted((fact for fact in members if fact.extent == longest), key=_is_strided)
     for owner in long:
-        if all(relate(owner, fact).proves_alias for fact in members):
-            exact = (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
-            return tuple(sorted(fact.name for fact in long if relate(owner, fact) in exact))
-    return ()
+        relations = {fact.name: relate(owner, fact) for fact in members}
+        if all(reason.proves_alias for reason in relations.values()):
+            return tuple(sorted(name for name, reason in relations.items() if reason in _EXACT)), relations
+    return (), {}
+
+
+def _group(canonical: str, names: Sequence[str], relations: Mapping[str, Reason], facts: Facts) -> TieGroup:
+    """The group of tied names.
+
+    Args:
+        canonical: The name to store.
+        names: All names, sorted.
+        relations: How they relate to the canonical one, as far as it is known.
+        facts: What was seen of them.
+    """
+    owner = facts[canonical]
+    aliases = []
+    for name in names:
+        if name != canonical:
+            reason = relations[name] if name in relations else relate(owner, facts[name])
+            view = view_within(owner, facts[name]) if reason is Reason.VIEW_OF else None
+            aliases.append(Alias(name=name, reason=reason, view=view))
+    return TieGroup(canonical=canonical, aliases=tuple(aliases))
 
 
 def _is_strided(fact: TensorFact) -> bool:
-    return not is_dense(fact)
+    return not fact.is_dense
 
 
 def _is_possible(refusal: RefusedClaim, facts: Facts) -> bool:
@@ -323,6 +385,8 @@ def _shapes(claim: Claim, facts: Facts) -> tuple[tuple[int, ...] | None, ...]:
 
 def _without_accepted(refused: list[RefusedClaim], groups: tuple[TieGroup, ...]) -> tuple[RefusedClaim, ...]:
     """Drop refusals of what another claim proved."""
+    if not refused:
+        return ()
     group_of = {name: group.canonical for group in groups for name in group.names}
     return tuple(
         refusal

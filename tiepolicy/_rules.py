@@ -1,9 +1,9 @@
 """Step 17, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 from tiepolicy._claims import Claim, Source
-from tiepolicy._evidence import byte_span, is_dense, layout, memory_space, overlap, relate, view_within
+from tiepolicy._evidence import layout, relate, view_within
 from tiepolicy._facts import TensorFact
 from tiepolicy._observe import Facts
 from tiepolicy._verdicts import Reason, Verdict
@@ -24,8 +24,13 @@ _DETAILS = {
 @hookimpl(trylast=True)
 def tiepolicy_claims(facts: Facts) -> list[Claim]:
     """Claim what shares an object or memory; separate parts of one storage claim nothing."""
+    return claims_of(facts.sharing(), facts)
+
+
+def claims_of(sets: Iterable[tuple[str, ...]], facts: Facts) -> list[Claim]:
+    """The claims within sets of names that meet in memory."""
     claims = []
-    for names in facts.sharing():
+    for names in sets:
         if len({id(facts.tensor(name)) for name in names}) == 1:  # by far the most common tie needs no facts
             claims += [_claim(names[0], other) for other in names[1:]]
         else:
@@ -95,32 +100,28 @@ def _claims_within(facts: list[TensorFact]) -> list[Claim]:
     for fact in sorted(facts, key=_reading_order):
         # Two objects without memory have two layouts, and one object under two names has one.
         first = doubles.setdefault(layout(fact), fact)
+        region = fact.region
         if first is not fact:
             claims.append(_claim(first.name, fact.name))
             continue
-        space = memory_space(fact)
-        if space is None:
+        if region.space is None:
             continue
-        family = (space, fact.dtype, byte_span(fact)[0] % fact.dtype.itemsize)
-        owner = owners.get(family)
+        family = (region.space, fact.dtype, region.start % fact.dtype.itemsize)
+        owner, farthest = owners.get(family), widest.get(region.space)
         if owner is not None and view_within(owner, fact) is not None:
             claims.append(_claim(owner.name, fact.name))
-        elif space in widest and overlap(widest[space], fact):
-            claims.append(_claim(widest[space].name, fact.name))
-        if is_dense(fact) and not fact.placement:
-            owners[family] = _farther(owner, fact)
-        widest[space] = _farther(widest.get(space), fact)
+        elif farthest is not None and farthest.region.meets(region):
+            claims.append(_claim(farthest.name, fact.name))
+        if fact.is_dense and not fact.placement and (owner is None or region.end > owner.region.end):
+            owners[family] = fact
+        if farthest is None or region.end > farthest.region.end:
+            widest[region.space] = fact
     return claims
+
+
+def _reading_order(fact: TensorFact) -> tuple[int, int, bool, str]:
+    return fact.region.start, -fact.region.end, not fact.is_dense, fact.name
 
 
 def _claim(first: str, second: str) -> Claim:
     return Claim((first, second), Source.STORAGE, "the storage of their data")
-
-
-def _farther(so_far: TensorFact | None, fact: TensorFact) -> TensorFact:
-    return fact if so_far is None or byte_span(fact)[1] > byte_span(so_far)[1] else so_far
-
-
-def _reading_order(fact: TensorFact) -> tuple[int, int, bool, str]:
-    start, end = byte_span(fact)
-    return start, -end, not is_dense(fact), fact.name

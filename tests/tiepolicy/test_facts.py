@@ -270,13 +270,13 @@ def test_a_plan_keeps_no_tensor_alive():
     assert (None, 1) == (alive(), len(plan.groups))
 
 
-def test_a_plan_of_many_untied_tensors_makes_no_fact_and_no_spec(monkeypatch):
+def test_a_plan_that_memory_alone_settles_makes_no_fact_and_no_spec(monkeypatch):
     made = []
     build = tiepolicy._observe._fact
     monkeypatch.setattr(tiepolicy._observe, "_fact", lambda *arguments: made.append(arguments[0]) or build(*arguments))
     tensors = {f"w{index}": torch.zeros(2) for index in range(100)}
-    plan = tiepolicy.plan(tensors | {"again": tensors["w7"]})
-    assert ["again"] == made
+    plan = tiepolicy.plan(tensors | {"again": tensors["w7"], "part": tensors["w8"][1:]})
+    assert ([], 2) == (made, len(plan.groups))
     assert plan.tensors._rows is None
 
 

@@ -13,6 +13,7 @@ from models import FlaggedPair, TiedPair
 from strategies import memory_dicts, view_dicts
 from tiepolicy import Claim, Policy, Verdict, hookimpl
 from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
+from tiepolicy.testing import models
 
 
 class FlagTrusting:
@@ -86,6 +87,29 @@ def test_claims_never_change_what_has_to_be_stored(tensors, seed):
     """They may choose which of equal names; the number of stored tensors is a fact."""
     claimed = Policy(plugins=[TrueClaims(seed)]).plan(tensors)
     assert len(tiepolicy.plan(tensors).stored()) == len(claimed.stored())
+
+
+class Silent:
+    """Is asked about every claim and every group, and leaves it all to the built-in rules."""
+
+    @hookimpl
+    def tiepolicy_decide(self):
+        return None
+
+    @hookimpl
+    def tiepolicy_canonical(self):
+        return None
+
+
+@given(memory_dicts() | view_dicts())
+def test_a_plugin_that_answers_nothing_changes_nothing(tensors):
+    """What memory alone settles in one look is what claims and verdicts come to."""
+    assert tiepolicy.plan(tensors) == Policy(plugins=[Silent()]).plan(tensors)
+
+
+@given(models())
+def test_a_plugin_that_answers_nothing_changes_the_plan_of_no_model(model):
+    assert Policy().plan(model) == Policy(plugins=[Silent()]).plan(model)
 
 
 def test_a_part_of_two_overlapping_tensors_may_be_claimed_of_both():
