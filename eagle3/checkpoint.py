@@ -1,6 +1,7 @@
 """Step 16: all that a run needs to go on, saved and restored through the tie policy."""
 
 import hashlib
+import itertools
 import json
 import logging
 import random
@@ -94,6 +95,9 @@ class RunCheckpoints:
     def save(self, state: RunState, measurement: Measurement | None) -> None:
         """Write `epoch_E_step_S`, E being the epoch under way or just completed.
 
+        A run that went back to an earlier checkpoint comes by the same names again; those are then `epoch_E_step_S-2`
+        and so on, and nothing is lost.
+
         Args:
             state: What to write.
             measurement: The draft's score on the validation data; without one, the checkpoint never becomes `BEST`.
@@ -111,7 +115,7 @@ class RunCheckpoints:
         if measurement is not None:
             metrics = {"accept_length": measurement.accept_length, "loss": measurement.loss}
         folder = self.store.save(
-            f"epoch_{epoch}_step_{progress.step}",
+            self._free_name(f"epoch_{epoch}_step_{progress.step}"),
             model=state.draft,
             optimizer=state.optimizer.adamw,
             extra=extra,
@@ -120,6 +124,12 @@ class RunCheckpoints:
             metrics=metrics,
         )
         logger.info("Saved checkpoint to %s", folder)
+
+    def _free_name(self, name: str) -> str:
+        # What the first process sees counts: another machine's view of a shared disk may lag behind.
+        taken = set(self.ranks.gather(self.store.names())[0])
+        further = (f"{name}-{number}" for number in itertools.count(2))
+        return next(free for free in (name, *itertools.islice(further, len(taken))) if free not in taken)
 
     def restore_(self, reference: str, state: RunState) -> None:
         """Fill the state from a checkpoint.

@@ -16,6 +16,7 @@ from eagle3.demo import DemoConfig, run_demo
 from eagle3.errors import ConfigError, Eagle3Error
 from eagle3.options import add_settings, read_settings
 from eagle3.parallel import Ranks, joined
+from eagle3.progress import StderrHandler
 from eagle3.trainer import train
 from tiepolicy.errors import TiePolicyError
 
@@ -107,7 +108,7 @@ def _report(error: Exception, *, prefix: str = "") -> int:
 
 def _log_to_stderr(ranks: Ranks) -> None:
     """Show the log lines of the first process."""
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if ranks.is_first else logging.ERROR)

@@ -3,7 +3,7 @@
 import logging
 import sys
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,6 +12,15 @@ from eagle3.metrics import Measurement
 from eagle3.parallel import Ranks
 
 logger = logging.getLogger("eagle3")
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes log lines to what is standard error at the time: above a bar, where there is one, and not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one line."""
+        self.setStream(sys.stderr)
+        super().emit(record)
 
 
 class Display:

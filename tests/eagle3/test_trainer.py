@@ -1,58 +1,22 @@
 """A run: what it writes, and that a stopped one goes on as if it had not been."""
 
 import dataclasses
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import tiepolicy_dcp
-from eagle3.checkpoint import read_draft_config
-from eagle3.config import CheckpointConfig, DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
-from eagle3.draft import Draft
 from eagle3.errors import CheckpointError, DraftError
-from eagle3.parallel import Ranks
 from eagle3.trainer import train
-from eagle3_targets import make_target, make_world
+from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, weights_of
 from tiepolicy.errors import ShapeMismatchError
-from torchrun import torchrun
-
-ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A target and ten conversations."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer, conversations = make_world(folder, num_conversations=10)
-    return make_target(folder / "target", tokenizer, vocab_size=600, tie_word_embeddings=True), conversations
-
-
-def config_of(world, out, *, draft_vocab_size=96, epochs=2, log_every=1, **checkpoint):
-    return RunConfig(
-        out=str(out),
-        target=TargetConfig(model=str(world[0])),
-        data=DataConfig(train=str(world[1]), max_length=48),
-        draft=DraftConfig(vocab_size=draft_vocab_size),
-        unroll=UnrollConfig(steps=3),
-        train=TrainConfig(epochs=epochs, batch_size=2, lr=1e-2, log_every=log_every),
-        checkpoint=CheckpointConfig(**checkpoint),
-    )
-
-
-def metrics_of(out):
-    """The lines of a run, without what depends on the machine."""
-    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(entry.pop("tokens_per_second") > 0 for entry in entries)
-    return entries
-
-
-def weights_of(out, name):
-    draft = Draft(read_draft_config(out))
-    tiepolicy_dcp.load(out / "checkpoints" / name, model=draft)
-    return draft.state_dict()
+    return make_run_world(tmp_path_factory.mktemp("world"))
 
 
 def test_a_run_stopped_half_way_and_resumed_has_the_losses_and_weights_of_one_that_was_not(world, tmp_path):
@@ -154,39 +118,3 @@ def test_a_place_in_the_data_that_the_batch_size_cannot_reach_is_an_error(world,
     other = dataclasses.replace(resumed, train=dataclasses.replace(config.train, batch_size=3))
     with pytest.raises(CheckpointError, match="stopped after 4 conversations of an epoch, which steps of 3"):
         train(other, ALONE)
-
-
-@pytest.mark.dist
-def test_two_processes_learn_what_one_does(world, tmp_path):
-    """One global sum over one global count: the split over processes changes only the order of additions."""
-    train(config_of(world, tmp_path / "one", epochs=1), ALONE)
-    options = ["--data.max_length", 48, "--draft.vocab_size", 96, "--unroll.steps", 3, "--train.lr", 1e-2]
-    result = torchrun(
-        *("-m", "eagle3", "train", "--out", tmp_path / "two", "--target.model", world[0], "--data.train", world[1]),
-        *(*options, "--train.batch_size", 1, "--train.log_every", 1),
-        num_processes=2,
-    )
-    assert 0 == result.returncode, result.stdout
-    expected, actual = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert [pytest.approx(entry["loss"], rel=1e-4) for entry in expected] == [entry["loss"] for entry in actual]
-    assert [entry["accept_length"] for entry in expected[:1]] == [entry["accept_length"] for entry in actual[:1]]
-
-
-@pytest.mark.dist
-def test_two_processes_resume_with_the_losses_of_an_uncut_run(world, tmp_path):
-    def run(out, *options):
-        result = torchrun(
-            *("-m", "eagle3", "train", "--out", out, "--target.model", world[0], "--data.train", world[1]),
-            *("--data.max_length", 48, "--draft.vocab_size", 96, "--unroll.steps", 3, "--train.lr", 1e-2),
-            *("--train.log_every", 1, "--train.epochs", 2, "--checkpoint.every_steps", 3, *options),
-            num_processes=2,
-        )
-        assert 0 == result.returncode, result.stdout
-
-    run(tmp_path / "whole")
-    whole = metrics_of(tmp_path / "whole")
-    for path in (tmp_path / "whole" / "checkpoints").iterdir():
-        if path.is_dir() and path.name != "epoch_1_step_3":
-            path.rename(tmp_path / path.name)
-    run(tmp_path / "whole", "--checkpoint.restore_from", "epoch_1_step_3")
-    assert whole == metrics_of(tmp_path / "whole")

@@ -1,0 +1,77 @@
+"""Runs of two processes for `test_trainer_ranks.py`, in one start of torchrun: `torchrun trainer_ranks.py FOLDER`."""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from eagle3.parallel import joined
+from eagle3.trainer import train
+from eagle3_runs import config_of
+
+#: By the name of their folder.
+RUNS = {
+    "data": {"epochs": 1},
+    "shard": {"epochs": 1, "kind": "shard"},
+    "hybrid-1": {"epochs": 1, "kind": "hybrid", "shard_size": 1},
+    "hybrid-2": {"epochs": 1, "kind": "hybrid", "shard_size": 2},
+    "accumulated": {"epochs": 1, "train": {"accumulate": 2}},
+    "accumulated-shard": {"epochs": 1, "kind": "shard", "train": {"accumulate": 2}},
+    "whole": {"every_steps": 3},
+    "whole-shard": {"every_steps": 3, "kind": "shard"},
+}
+
+
+class Killer(logging.Handler):
+    """Sends its own process a signal at the first log line that contains some text."""
+
+    def __init__(self, text: str, number: signal.Signals) -> None:
+        super().__init__()
+        self.text = text
+        self.number = number
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.text in record.getMessage():
+            self.text = "never again"
+            os.kill(os.getpid(), self.number)
+
+
+def copy_run(source: Path, target: Path, name: str) -> None:
+    """What a run left when it was cut after a checkpoint."""
+    shutil.copytree(source / "checkpoints" / name, target / "checkpoints" / name)
+    shutil.copy(source / "draft_config.json", target)
+
+
+def main(folder: Path) -> None:
+    world = (folder / "target", folder / "conversations.jsonl")
+    with joined() as ranks:
+        logging.getLogger("eagle3").setLevel(logging.INFO)
+
+        def run(name, **options):
+            train(config_of(world, folder / name, batch_size=1, **options), ranks)
+            ranks.gather(None)
+
+        def cut(source, name, checkpoint):
+            if ranks.is_first:
+                copy_run(folder / source, folder / name, checkpoint)
+            ranks.gather(None)
+
+        for name, options in RUNS.items():
+            run(name, **options)
+        for kind, source in (("data", "whole"), ("shard", "whole-shard")):
+            cut(source, f"cut-{kind}", "epoch_1_step_3")
+            run(f"cut-{kind}", every_steps=3, kind=kind, restore_from="epoch_1_step_3")
+        cut("whole", "sharded-later", "epoch_1_step_3")
+        run("sharded-later", every_steps=3, kind="shard", restore_from="epoch_1_step_3")
+        cut("alone", "from-alone", "epoch_1_step_3")
+        run("from-alone", every_steps=3, restore_from="epoch_1_step_3")
+        if not ranks.is_first:
+            logging.getLogger("eagle3").addHandler(Killer("step 2/10", signal.SIGTERM))
+        run("stopped")
+        run("stopped", restore_from="LATEST")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
