@@ -14,6 +14,7 @@ from tiepolicy._conflict import settle as settle
 from tiepolicy._evidence import View as View
 from tiepolicy._external import ExternalTie as ExternalTie
 from tiepolicy._external import Owners as Owners
+from tiepolicy._external import take as take
 from tiepolicy._facts import TensorFact as TensorFact
 from tiepolicy._facts import TensorSpec as TensorSpec
 from tiepolicy._groups import Alias as Alias

@@ -15,6 +15,8 @@ class Moment(StrEnum):
     RETIE = "retie"
     TIE = "tie"
     LOAD = "load"
+    #: Two states of an optimizer are stored for what is one parameter in the model.
+    OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,10 @@ _LOADING = (
     "Nothing was loaded. Untie the model to keep both, delete one of the two from the checkpoint, or resolve the "
     "conflict in a plugin (tiepolicy_resolve)"
 )
+_LOADING_STATE = (
+    "Nothing was loaded. Load the model without its optimizer to start the state afresh, or choose one of the two in a "
+    "plugin (tiepolicy_resolve)"
+)
 #: What is claimed at each moment, and the ways out.
 _SENTENCES = {
     Moment.COMPACT: ("are one tensor in the plan", _OTHERWISE),
@@ -73,7 +79,10 @@ _SENTENCES = {
     Moment.RETIE: ("were one tensor when the plan was made", _CHOOSE),
     Moment.TIE: ("are declared to be one tensor", _CHOOSE),
     Moment.LOAD: ("are one tensor in the model", _LOADING),
+    Moment.OPTIMIZER: ("are one parameter of the optimizer", _LOADING_STATE),
 }
+
+_DIFFERS = {Moment.OPTIMIZER: "stored states"}
 
 Resolver = Callable[[Conflict], Resolution | None]
 
@@ -93,7 +102,8 @@ def settle(conflict: Conflict, resolver: Resolver) -> str | None:
     if resolution is None:
         claim, advice = _SENTENCES[conflict.moment]
         raise TieConflictError(
-            f"{conflict.alias} and {conflict.canonical} {claim}, but their values differ: {conflict.difference}. "
+            f"{conflict.alias} and {conflict.canonical} {claim}, but their {_DIFFERS.get(conflict.moment, 'values')} "
+            f"differ: {conflict.difference}. "
             f"{advice.format(conflict=conflict)}",
             names=[conflict.alias, conflict.canonical],
         )

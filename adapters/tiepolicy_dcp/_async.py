@@ -1,4 +1,4 @@
-"""Step 16, saving while training goes on: copy, return, and write what was copied in the background."""
+"""Step 18, saving while training goes on: copy, return, and write what was copied in the background."""
 
 import logging
 import threading
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from tiepolicy import TiePlan
+from tiepolicy import Owners, TiePlan
 from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard
 from tiepolicy_dcp._ranks import is_distributed, is_first_rank, on_all_ranks, on_first_rank
@@ -182,6 +182,7 @@ def async_save(
     optimizer: Optimizer | None = None,
     extra: Mapping[str, Any] | None = None,
     plan: TiePlan | None = None,
+    external: Owners | None = None,
     consolidated: bool = False,
     worker: Worker = "thread",
 ) -> PendingSave:
@@ -197,6 +198,7 @@ def async_save(
         optimizer: Its optimizer.
         extra: Nested JSON values and tensors.
         plan: The model's plan.
+        external: Other models, whose tensors are left out.
         consolidated: Also write `model.safetensors`.
         worker: Who writes meanwhile: a "thread", or another "process", which does not compete for the interpreter.
 
@@ -207,7 +209,9 @@ def async_save(
     Raises:
         CheckpointError: As `save` does, for all that can be known before the files are written.
     """
-    contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+    contents = collect(
+        model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+    )
     saver = AsyncSaver(worker)
     try:
         pending = saver.start(Path(folder).absolute(), contents)

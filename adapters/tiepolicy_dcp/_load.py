@@ -1,39 +1,26 @@
-"""Step 11, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 13, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import (
-    Action,
-    ActionKind,
-    Conflict,
-    Moment,
-    TensorSpec,
-    TiePlan,
-    first_difference,
-    reconcile,
-    settle,
-    view_of,
-)
-from tiepolicy.errors import ManifestError, MissingTensorError, ShapeMismatchError, TieConflictError
+from tiepolicy import Action, Owners, TensorSpec, TiePlan, reconcile, take, view_of
+from tiepolicy.errors import ManifestError
+from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
 from tiepolicy_dcp._digests import Verify, check_files, read_digests
 from tiepolicy_dcp._extra import read_extra
 from tiepolicy_dcp._folder import MANIFEST, read_manifest
-from tiepolicy_dcp._ranks import agreed_plan, is_distributed, num_ranks, on_all_ranks, rank
-from tiepolicy_dcp._reader import SafeReader, TensorLoadPlanner, read_metadata
-from tiepolicy_dcp._state import ModelState, OptimizerState
+from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
+from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
+from tiepolicy_dcp._reader import StoredTensors, read_tensors
+from tiepolicy_dcp._state import ModelState, OptimizerState, StateEntry, hyperparameters
 from tiepolicy_dcp.errors import CheckpointError
 
 
@@ -44,6 +31,8 @@ class Restored:
     extra: Mapping[str, Any]
     #: What was done for each tensor of the model.
     actions: tuple[Action, ...]
+    #: What was done for each tensor of the optimizer's state.
+    optimizer_actions: tuple[Action, ...] = ()
 
 
 def load(
@@ -52,6 +41,7 @@ def load(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     plan: TiePlan | None = None,
+    external: Owners | None = None,
     verify: Verify = "full",
 ) -> Restored:
     """Read a checkpoint into a live model and optimizer. Called by all ranks, or by a single process.
@@ -59,66 +49,100 @@ def load(
     Works at another world size and into a model with other ties than were saved. Everything that can be known from
     the metadata, and every file's digest, is checked before the first tensor is read. Runs no code from the checkpoint.
 
+    Ranks may hold different models, as the stages of a pipeline do; what a stage has under the name of an alias only is
+    read from the tensor that is stored. Two parameters that were one when saved both get its optimizer state, and
+    `Restored.optimizer_actions` says so.
+
     Args:
         folder: A checkpoint written by `save`, or a folder of plain DCP whose model lies under `model.`.
         model: What to load into, already materialised and sharded.
         optimizer: Its optimizer, to load as well.
         plan: The model's plan; made by the default policy if not given.
+        external: The models that own what was left out of the checkpoint, by the names it was saved with. Their
+            tensors are taken once they have the recorded digest, and are never written.
         verify: What to check of the files: size and digest, "size" only, or nothing, which is "off". Ranks share the
             work.
 
     Raises:
-        MissingTensorError: If nothing in the checkpoint holds a tensor of the model or its optimizer state.
+        MissingTensorError: If nothing in the checkpoint holds a tensor of the model or its optimizer state, or its
+            owner is not given.
         ShapeMismatchError: If what holds it has another shape.
         DtypeMismatchError: If what holds it has another dtype.
+        ExternalOwnerError: If its owner has other elements than were recorded.
         TieConflictError: If the checkpoint holds different values for names that are one tensor in the model, and no
             plugin chooses one.
-        PlanMismatchError: If ranks made different plans.
+        PlanMismatchError: If ranks that hold the same names made different plans.
         ManifestError: If the manifest contradicts itself or the metadata.
         CheckpointError: If the folder is no checkpoint, is damaged, or asks for more than reading tensors.
     """
     folder = Path(folder).absolute()
-    plan = agreed_plan(lambda: plan or tiepolicy.plan(model))
-    model_state = ModelState(model, plan=plan)
-    live = model_state.state_dict()
+    plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external), stages=True)
+    model_state = ModelState(model, plan=plan, external=external)
     optimizer_state = None if optimizer is None else OptimizerState(model, optimizer, plan=plan)
-    wanted = {} if optimizer_state is None else optimizer_state.state_dict()
-
-    def check() -> tuple[list[Action], dict[str, Any]]:
-        records = {} if verify == "off" else read_digests(folder)
-        check_files(folder, records, sorted(records)[rank() :: num_ranks()], verify=verify)
-        metadata = read_metadata(folder)
-        actions = reconcile(plan, _saved(folder, metadata))
-        _check_owners(folder, actions)
-        _check_optimizer(wanted, _specs(metadata, "optimizer."))
-        return actions, read_extra(folder) if (folder / MANIFEST).exists() else {}
-
-    actions, extra = on_all_ranks(check)[0]
-    _read_model(folder, _settle_conflicts(folder, actions, live, plan), live)
+    live = model_state.state_dict()
+    entries = {} if optimizer_state is None else optimizer_state.entries()
+    found = _check(folder, plan, entries, external=external or {}, verify=verify)
+    model_actions = settle_model(found.stored, found.actions, live=live, taken=found.taken, plan=plan)
+    places = {name: entry.place for name, entry in entries.items()}
+    states = {name: entry.tensor for name, entry in entries.items()}
+    optimizer_actions = settle_optimizer(found.stored, found.optimizer_actions, places=places, live=states, plan=plan)
+    _check_groups(found, entries)
+    _read(found, model_actions, live, optimizer_actions, states)
     model_state.load_state_dict(live)
     if optimizer_state is not None:
-        _read(folder, {f"optimizer.{name}": tensor for name, tensor in wanted.items()})
-        optimizer_state.load_state_dict(wanted)
-    return Restored(extra=extra, actions=tuple(actions))
+        optimizer_state.load_state_dict(states, compared=True)
+    return Restored(extra=found.extra, actions=tuple(found.actions), optimizer_actions=tuple(found.optimizer_actions))
 
 
-def _specs(metadata: Metadata, prefix: str) -> dict[str, TensorSpec]:
-    return {
-        name.removeprefix(prefix): TensorSpec(tuple(entry.size), entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What is known of a checkpoint and a live model before any tensor is read."""
+
+    stored: StoredTensors
+    extra: Mapping[str, Any]
+    actions: Sequence[Action]
+    #: Tensors of other models, by the name they have here.
+    taken: Mapping[str, torch.Tensor]
+    optimizer_actions: Sequence[Action]
 
 
-def _saved(folder: Path, metadata: Metadata) -> TiePlan | dict[str, TensorSpec]:
+def _check(
+    folder: Path, plan: TiePlan, entries: Mapping[str, StateEntry], *, external: Owners, verify: Verify
+) -> _Found:
+    """Look at everything but the tensors. Called by all ranks; an error on one is an error on all."""
+    found: list[_Found] = []
+
+    def check() -> None:
+        records = {} if verify == "off" else read_digests(folder)
+        check_files(folder, records, sorted(records)[rank() :: num_ranks()], verify=verify)
+        stored = StoredTensors(folder)
+        actions = reconcile(plan, _saved(folder, stored.specs("model.")))
+        taken = {action.name: take(action.external, external) for action in actions if action.external is not None}
+        optimizer_actions = reconcile_optimizer(entries, stored, SavedNames(actions, plan))
+        extra = read_extra(folder) if (folder / MANIFEST).exists() else {}
+        found.append(
+            _Found(
+                stored=stored,
+                extra=extra,
+                actions=actions,
+                taken=taken,
+                optimizer_actions=optimizer_actions,
+            )
+        )
+
+    on_all_ranks(check)
+    return found[0]
+
+
+def _saved(folder: Path, stored: Mapping[str, TensorSpec]) -> TiePlan | Mapping[str, TensorSpec]:
     """The plan that was saved, if it describes what is there; names and shapes of a checkpoint without one."""
-    stored = _specs(metadata, "model.")
     manifest = read_manifest(folder)
     if manifest is None:
         return stored
-    # An alias that is the whole of its tensor has an entry of its own there; a view, or what another model owns, none.
-    absent = {alias.name for group in manifest.groups for alias in group.aliases if alias.view is not None}
-    absent |= {name for name in manifest.tensors if manifest.canonical(name) in manifest.owned_elsewhere}
+    # A view has an entry of its own only if it is made of whole rows; what another model owns has none.
+    optional = {alias.name for group in manifest.groups for alias in group.aliases if alias.view is not None}
+    absent = {name for name in manifest.tensors if manifest.canonical(name) in manifest.owned_elsewhere}
+    absent |= optional - set(stored)
     expected = {name: spec for name, spec in manifest.tensors.items() if name not in absent}
     if expected != stored:
         different = min(set(expected.items()) ^ set(stored.items()), key=lambda item: item[0])[0]
@@ -130,91 +154,51 @@ def _saved(folder: Path, metadata: Metadata) -> TiePlan | dict[str, TensorSpec]:
     return manifest
 
 
-def _check_owners(folder: Path, actions: Sequence[Action]) -> None:
-    """This loader reads from one folder only; what another model owns would silently stay as it is."""
-    for action in actions:
-        if action.kind is ActionKind.EXTERNAL:
-            raise CheckpointError(
-                f"{action.name} {action.note} and is to be taken from there, which loading {folder} into a live model "
-                "does not do. Nothing was loaded. Load it into a plain model and use TiePlan.expand(..., external=...)"
-            )
+def _check_groups(found: _Found, entries: Mapping[str, StateEntry]) -> None:
+    """Read the hyperparameters and refuse those of other parameters, before the model is touched."""
+    groups = {name: entry for name, entry in entries.items() if entry.group is not None}
+    if not any(on_all_ranks(lambda: bool(groups))):
+        return
+    read_tensors(found.stored, {name: (f"optimizer.{name}", entry.tensor) for name, entry in groups.items()})
+
+    def check() -> None:
+        for entry in groups.values():
+            if entry.group is not None:
+                hyperparameters(entry.group, entry.tensor, compared=True)
+
+    on_all_ranks(check)
 
 
-def _check_optimizer(wanted: Mapping[str, torch.Tensor], saved: Mapping[str, TensorSpec]) -> None:
-    for name, tensor in wanted.items():
-        if name not in saved:
-            hint = "the checkpoint holds no optimizer" if not saved else "the model was tied or grouped differently"
-            raise MissingTensorError(
-                f"the optimizer state {name} is not in the checkpoint: {hint}. Nothing was loaded. Load the model "
-                "without its optimizer to start it afresh",
-                names=[name],
-            )
-        if saved[name].shape != tuple(tensor.shape):
-            raise ShapeMismatchError(
-                f"the optimizer state {name} has shape {saved[name].shape} in the checkpoint, the live one "
-                f"{tuple(tensor.shape)}. Nothing was loaded",
-                names=[name],
-            )
-
-
-def _settle_conflicts(
-    folder: Path, actions: Sequence[Action], live: Mapping[str, torch.Tensor], plan: TiePlan
-) -> list[Action]:
-    """Read the stored tensors that are one in the model aside, and compare them, before the model is touched.
-
-    Returns:
-        The actions that fill the model; where a plugin prefers the value of an alias, it is loaded instead.
-    """
-    fill = {action.name: action for action in actions if action.kind is not ActionKind.COMPARE}
-    for action in actions:
-        if action.kind is ActionKind.COMPARE:
-            owner = plan.canonical(action.name)
-            first = torch.empty_like(live[owner])
-            second = torch.empty_like(plan.expand({owner: live[owner]})[action.name])
-            _read(folder, {f"model.{fill[owner].saved}": first, f"model.{action.saved}": second})
-            difference = first_difference(plan.expand({owner: first})[action.name], second)
-            if difference is not None:
-                fill[owner] = _settled(fill[owner], action, difference, plan)
-    return list(fill.values())
-
-
-def _settled(first: Action, second: Action, difference: str, plan: TiePlan) -> Action:
-    """What to load where two stored values differ that are one tensor in the model."""
-    whole = second.name in {alias.name for alias in plan.whole_aliases(first.name)}
-    conflict = Conflict(
-        canonical=first.saved, alias=second.saved, difference=difference, moment=Moment.LOAD, whole=whole
-    )
-    kept = settle(conflict, plan.resolver)
-    if kept is None:
-        raise TieConflictError(
-            f"a plugin wants {first.saved} and {second.saved} untied, but they are one tensor in the model: untie the "
-            "model before its plan is made. Nothing was loaded",
-            names=conflict.names,
-        )
-    return first if kept == first.saved else replace(first, kind=ActionKind.LOAD, saved=second.saved, view=None)
-
-
-def _read_model(folder: Path, actions: Sequence[Action], live: Mapping[str, torch.Tensor]) -> None:
-    targets: dict[str, torch.Tensor] = {}
-    copies: list[Action] = []
-    for action in actions:
-        if action.kind is ActionKind.LOAD:
-            targets[f"model.{action.saved}"] = live[action.name]
-        elif action.kind is ActionKind.COPY:
-            copies.append(action)
-    specs = _specs(read_metadata(folder), "model.") if copies else {}
-    for action in copies:
-        targets.setdefault(f"model.{action.saved}", _room_for(specs[action.saved], action, live[action.name]))
-    _read(folder, targets)
-    for action in copies:
+def _read(
+    found: _Found,
+    model_actions: Sequence[Action],
+    live: dict[str, torch.Tensor],
+    optimizer_actions: Sequence[Action],
+    states: Mapping[str, torch.Tensor],
+) -> None:
+    """Fill the model and the optimizer's state, in place; what another model owns takes its place in `live`."""
+    targets = {
+        f"optimizer.{action.name}": (f"optimizer.{action.saved}", states[action.name]) for action in optimizer_actions
+    }
+    parts: list[tuple[Action, torch.Tensor]] = []
+    specs = found.stored.specs("model.")
+    for action in model_actions:
+        if action.external is not None:
+            live[action.name] = _placed(found.taken[action.name], live.get(action.name))
+            continue
+        tensor = live[action.name]
+        if action.view is not None:
+            tensor = _room_for(specs[action.saved], action, tensor)
+            parts.append((action, tensor))
+        targets[f"model.{action.name}"] = (f"model.{action.saved}", tensor)
+    read_tensors(found.stored, targets)
+    for action, whole in parts:
         with torch.no_grad():
-            live[action.name].copy_(view_of(targets[f"model.{action.saved}"], action.view))
+            live[action.name].copy_(view_of(whole, action.view))
 
 
 def _room_for(spec: TensorSpec, action: Action, like: torch.Tensor) -> torch.Tensor:
-    """Memory to read a stored tensor into that the model has under another name, or only a part of."""
-    if action.view is None:
-        return torch.empty_like(like)
+    """Memory to read a stored tensor into of which the model has only a part."""
     if isinstance(like, DTensor):
         raise CheckpointError(
             f"{action.name} is a part of {action.saved} in the checkpoint and sharded in the model; load it into an "
@@ -223,14 +207,8 @@ def _room_for(spec: TensorSpec, action: Action, like: torch.Tensor) -> torch.Ten
     return torch.empty(spec.shape, dtype=spec.dtype, device=like.device)
 
 
-def _read(folder: Path, targets: dict[str, torch.Tensor]) -> None:
-    """Read stored tensors into live ones, in place."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp_load(
-                targets, storage_reader=SafeReader(folder), planner=TensorLoadPlanner(), no_dist=not is_distributed()
-            )
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{folder} could not be read: {type(cause).__name__}: {cause}") from error
+def _placed(taken: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    """Another model's tensor, sharded as the live one is."""
+    if isinstance(like, DTensor) and not isinstance(taken, DTensor):
+        return distribute_tensor(taken, like.device_mesh, like.placements)
+    return taken

@@ -1,5 +1,6 @@
 """Step 1, ranks: what one rank finds out, all ranks know before anybody goes on."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
@@ -91,24 +92,31 @@ def _results(outcomes: Sequence["Outcome[T]"]) -> list[T]:
     return [result for results, _ in outcomes for result in results]
 
 
-def agreed_plan(make_plan: Callable[[], TiePlan]) -> TiePlan:
+def agreed_plan(make_plan: Callable[[], TiePlan], *, stages: bool = False) -> TiePlan:
     """This rank's plan, once every rank is known to have made the same.
+
+    Args:
+        make_plan: Makes the plan of this rank.
+        stages: Whether ranks may hold different models, as the stages of a pipeline do. Then only those whose models
+            have the same names must have made the same plan.
 
     Raises:
         PlanMismatchError: On every rank, if two ranks made different plans.
     """
     plan: list[TiePlan] = []
 
-    def digest() -> str:
+    def describe() -> tuple[str, str]:
         plan.append(make_plan())
-        return plan[0].digest
+        names = "\n".join(plan[0].tensors) if stages else ""
+        return hashlib.sha256(names.encode()).hexdigest(), plan[0].digest
 
-    digests = on_all_ranks(digest)
-    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if different:
-        raise PlanMismatchError(
-            f"rank 0 and rank {different[0]} decided differently which weights are one tensor (ranks that differ from "
-            f"rank 0: {different}); nothing was written. Make the plan once, before the model is sharded or moved, "
-            "and hand it to every rank"
-        )
+    described = on_all_ranks(describe)
+    for first, (names, digest) in enumerate(described):
+        different = [rank for rank, other in enumerate(described) if other[0] == names and other[1] != digest]
+        if different:
+            raise PlanMismatchError(
+                f"rank {first} and rank {different[0]} decided differently which weights are one tensor (ranks that "
+                f"differ from rank {first}: {different}); nothing was {'loaded' if stages else 'written'}. Make the "
+                "plan once, before the model is sharded or moved, and hand it to every rank"
+            )
     return plan[0]

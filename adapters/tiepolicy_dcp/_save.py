@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import TiePlan
+from tiepolicy import Owners, TiePlan
 from tiepolicy_dcp._digests import FileRecord, measure, write_digests
 from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
 from tiepolicy_dcp._files import Written, write_tensors
@@ -37,6 +37,7 @@ def save(
     optimizer: Optimizer | None = None,
     extra: Mapping[str, Any] | None = None,
     plan: TiePlan | None = None,
+    external: Owners | None = None,
     consolidated: bool = False,
 ) -> Path:
     """Write a checkpoint. Called by all ranks of the default process group, or by a single process without one.
@@ -51,6 +52,8 @@ def save(
         optimizer: Its optimizer, saved under the canonical names of the parameters.
         extra: Nested JSON values and tensors; what rank 0 passes is kept.
         plan: The model's plan; made by the default policy if not given.
+        external: Other models, by the names to know them under: `save(folder, model=draft, external={"target": model})`
+            leaves out what is the target's, and records its digest.
         consolidated: Also write `model.safetensors`, gathered on rank 0, without aliases.
 
     Returns:
@@ -62,7 +65,9 @@ def save(
         TieConflictError: If names that are one tensor in the plan hold different values.
         CheckpointError: If the folder exists or cannot be written; what was written so far is removed.
     """
-    contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+    contents = collect(
+        model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+    )
     return complete(begin(Path(folder).absolute(), contents))
 
 
@@ -85,10 +90,11 @@ def collect(
     optimizer: Optimizer | None,
     extra: Mapping[str, Any] | None,
     plan: TiePlan | None,
+    external: Owners | None,
     consolidated: bool,
 ) -> Contents:
     """Find out what a checkpoint will hold, and that it can be written; the arguments are those of `save`."""
-    plan = agreed_plan(lambda: plan or tiepolicy.plan(model))
+    plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external, digests=external is not None))
     state = _state(model, optimizer, plan)
     packed = on_all_ranks(lambda: pack_extra(extra or {}) if is_first_rank() else Extra())[rank()]
     whole = _gather(model, plan) if consolidated else None
@@ -109,7 +115,7 @@ class Job:
 
 def begin(folder: Path, contents: Contents, *, record: Mapping[str, Any] | None = None) -> Job:
     """Agree on who writes what, and make the folder. Called by all ranks with what `collect` returned on each."""
-    share = divide(contents.state)
+    share = divide(contents.plan, contents.state)
     unfinished = on_first_rank(lambda: prepare(folder))
     return Job(folder=folder, unfinished=unfinished, contents=contents, share=share, record=record)
 
@@ -168,7 +174,7 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
     """Write what rank 0 writes alone, and publish."""
     unfinished, contents = job.unfinished, job.contents
     assert job.share.metadata is not None
-    AliasWriter(unfinished, _aliases(contents)).finish(job.share.metadata, [results for results, _ in of_ranks])
+    AliasWriter(unfinished, job.share.names).finish(job.share.metadata, [results for results, _ in of_ranks])
     write_manifest(unfinished, contents.plan)
     write_extra(unfinished, contents.extra)
     if job.record is not None:
@@ -181,17 +187,6 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
     own = measure(path for path in unfinished.iterdir() if path.name not in records)
     write_digests(unfinished, {**records, **own})
     publish(unfinished, job.folder)
-
-
-def _aliases(contents: Contents) -> dict[str, str]:
-    """For each further name of a whole stored tensor, its canonical one, as the metadata has them."""
-    plan, model = contents.plan, contents.state["model"]
-    return {
-        f"model.{alias.name}": f"model.{group.canonical}"
-        for group in plan.groups
-        for alias in plan.whole_aliases(group.canonical)
-        if group.canonical in model
-    }
 
 
 def _as_checkpoint_error(folder: Path, error: Exception) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""Step 14, staging: copies of live tensors in memory that is kept between saves, so that training may go on."""
+"""Step 16, staging: copies of live tensors in memory that is kept between saves, so that training may go on."""
 
 import mmap
 import os

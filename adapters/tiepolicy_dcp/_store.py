@@ -1,4 +1,4 @@
-"""Step 17, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 19, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import nn
 from torch.optim import Optimizer
 
-from tiepolicy import TiePlan
+from tiepolicy import Owners, TiePlan
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
 from tiepolicy_dcp._digests import Verify
 from tiepolicy_dcp._folder import delete, remove_leftovers
@@ -84,6 +84,7 @@ class CheckpointStore:
         optimizer: Optimizer | None = None,
         extra: Mapping[str, Any] | None = None,
         plan: TiePlan | None = None,
+        external: Owners | None = None,
         consolidated: bool = False,
         metrics: Mapping[str, float] | None = None,
     ) -> Path:
@@ -98,6 +99,7 @@ class CheckpointStore:
             optimizer: Its optimizer.
             extra: Nested JSON values and tensors.
             plan: The model's plan.
+            external: Other models, whose tensors are left out.
             consolidated: Also write `model.safetensors`.
             metrics: What is known of the checkpoint, by name. One without metrics never becomes `BEST`.
 
@@ -107,7 +109,9 @@ class CheckpointStore:
         """
         self.wait()
         record = on_first_rank(lambda: self._begin(name, metrics))
-        contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+        contents = collect(
+            model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+        )
         folder = complete(begin(self.root / name, contents, record=record.to_json()))
         on_first_rank(lambda: self._commit(name))
         return folder
@@ -120,6 +124,7 @@ class CheckpointStore:
         optimizer: Optimizer | None = None,
         extra: Mapping[str, Any] | None = None,
         plan: TiePlan | None = None,
+        external: Owners | None = None,
         consolidated: bool = False,
         metrics: Mapping[str, float] | None = None,
         worker: Worker = "thread",
@@ -135,6 +140,7 @@ class CheckpointStore:
             optimizer: Its optimizer.
             extra: Nested JSON values and tensors.
             plan: The model's plan.
+            external: Other models, whose tensors are left out.
             consolidated: Also write `model.safetensors`.
             metrics: What is known of the checkpoint.
             worker: Who writes meanwhile: a "thread", or another "process", which does not compete for the interpreter.
@@ -149,7 +155,9 @@ class CheckpointStore:
         """
         self.wait()
         record = on_first_rank(lambda: self._begin(name, metrics))
-        contents = collect(model=model, optimizer=optimizer, extra=extra, plan=plan, consolidated=consolidated)
+        contents = collect(
+            model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+        )
         if worker not in self._savers:
             self._savers[worker] = AsyncSaver(worker)
         return self._savers[worker].start(
@@ -172,10 +180,12 @@ class CheckpointStore:
         model: nn.Module,
         optimizer: Optimizer | None = None,
         plan: TiePlan | None = None,
+        external: Owners | None = None,
         verify: Verify = "full",
     ) -> Restored:
         """Read what `resolve` finds, as `tiepolicy_dcp.load` does."""
-        return load(self.resolve(reference), model=model, optimizer=optimizer, plan=plan, verify=verify)
+        folder = self.resolve(reference)
+        return load(folder, model=model, optimizer=optimizer, plan=plan, external=external, verify=verify)
 
     def names(self) -> list[str]:
         """The whole checkpoints under the root, sorted by name."""

@@ -4,6 +4,7 @@ A test whose name says `today` pins the behaviour of a tool; when it fails, the 
 """
 
 import copy
+import io
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_today_the_order_of_registration_decides_which_of_two_values_survives(mo
     assert {winner} == set(model.lm_head.weight.flatten().tolist())
 
 
+@pytest.mark.survey("T13")
 @pytest.mark.parametrize("model", [TiedPair, HeadFirst])
 def test_two_values_for_one_tensor_are_compared_in_any_order_of_registration(model):
     plan = tiepolicy.plan(model())
@@ -106,6 +108,7 @@ def test_today_assigning_unties_even_what_is_one_tensor_in_the_state_dict():
     assert model.lm_head.weight is not model.embed_tokens.weight
 
 
+@pytest.mark.survey("T19")
 def test_what_assigning_untied_is_found_and_tied_again():
     model = TiedPair()
     plan = tiepolicy.plan(model)
@@ -121,8 +124,15 @@ def test_today_the_wish_to_assign_stays_in_the_state_dict():
     state_dict = model.state_dict()
     model.load_state_dict(state_dict, assign=True)
     assert any(entry.get("assign_to_params_buffers") for entry in state_dict._metadata.values())
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    resumed = TiedPair()
+    resumed.load_state_dict(torch.load(file))
+    assert resumed.lm_head.weight is not resumed.embed_tokens.weight
 
 
+@pytest.mark.survey("T75")
 def test_an_expanded_state_dict_wishes_nothing():
     model = TiedPair()
     plan = tiepolicy.plan(model)
