@@ -22,6 +22,9 @@ from tiepolicy._groups import RefusedClaim as RefusedClaim
 from tiepolicy._groups import TieGroup as TieGroup
 from tiepolicy._modules import named_modules as named_modules
 from tiepolicy._observe import Facts as Facts
+from tiepolicy._observe import observe as observe
+from tiepolicy._paths import member as member
+from tiepolicy._paths import read_json as read_json
 from tiepolicy._plan import TiePlan as TiePlan
 from tiepolicy._policy import Policy as Policy
 from tiepolicy._policy import default_policy
@@ -29,6 +32,7 @@ from tiepolicy._reconcile import Action as Action
 from tiepolicy._reconcile import ActionKind as ActionKind
 from tiepolicy._reconcile import reconcile as reconcile
 from tiepolicy._retie import Keep as Keep
+from tiepolicy._safetensors import read_header as read_header
 from tiepolicy._table import format_bytes as format_bytes
 from tiepolicy._unpickling import ChunkedTensor as ChunkedTensor
 from tiepolicy._unpickling import read_sharded_metadata as read_sharded_metadata

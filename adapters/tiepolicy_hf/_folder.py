@@ -1,0 +1,179 @@
+"""Step 4, folders: which files of a Hugging Face folder are its weights, and how a new folder takes its place.
+
+A folder that exists is never written into: the new one is made whole beside it, takes along what is no part of a model,
+and then the two change places. Whoever looks finds the old checkpoint or the new one, never files of both.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiepolicy import member, read_header, read_json
+from tiepolicy.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+#: Where the plan of the stored model lies, in the metadata of its first file.
+MANIFEST_KEY = "tiepolicy"
+
+# What one save writes, and the next one replaces; all else in a folder belongs to others and stays.
+_OURS = re.compile(
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The files of a folder that hold its weights."""
+
+    files: tuple[Path, ...]
+    pickled: bool
+    #: The manifest as JSON text; None where another tool wrote the folder.
+    manifest: str | None
+
+
+def find_weights(folder: Path, *, allow_pickle: bool) -> Weights:
+    """The files that transformers would read, each inside the folder, whole, and as the index says.
+
+    Raises:
+        UntrustedCheckpointError: If the index points out of the folder.
+        CheckpointError: If there are no weights, or only pickles that nobody allowed, or a file is damaged or missing,
+            or two sets of files are there of which only one can be meant.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder. A model of the Hub is loaded from what huggingface_hub.snapshot_download(...) "
+            "returns"
+        )
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{folder} holds both {WEIGHTS} and {INDEX}: two checkpoints, of which loaders read one or the other. "
+            "Remove the one that is not meant"
+        )
+    if single.exists() or single.is_symlink():
+        return _safe(folder, {WEIGHTS: None}, named_by=folder.name)
+    if index.exists():
+        return _safe(folder, _by_file(index), named_by=INDEX)
+    pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).exists()]
+    if not pickles:
+        raise CheckpointError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX}")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code when it is read. Convert it to "
+            "safetensors; or read it with torch's weights-only unpickler by allow_pickle=True"
+        )
+    names = [PICKLE] if pickles[0] == PICKLE else sorted(_by_file(folder / PICKLE_INDEX))
+    files = tuple(member(folder, name, named_by=pickles[0]) for name in names)
+    return Weights(files=files, pickled=True, manifest=None)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder and give it a name that may be taken; the old folder stays as it was until then.
+
+    Args:
+        folder: The name. Files in it that are no part of a model are kept.
+        write: Fills the folder that it is given.
+
+    Raises:
+        CheckpointError: If the folder cannot be written. What was under its name is unchanged.
+    """
+    unfinished, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "replaced"))
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is a link or a file; a model is saved into a folder of its own")
+    try:
+        if replaced.exists() and not folder.exists():  # a save was killed between its two renames
+            replaced.rename(folder)
+        for rest in (unfinished, replaced):
+            shutil.rmtree(rest, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        if folder.exists():
+            _keep(folder, unfinished)
+        for path in unfinished.iterdir():
+            _flush(path)
+        _flush(unfinished)
+        if folder.exists():
+            folder.rename(replaced)
+        unfinished.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _by_file(index: Path) -> dict[str, set[str] | None]:
+    """The names that an index expects in each file."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(f"{index} is damaged: its weight_map is no object of tensor names and file names")
+    expected: dict[str, set[str] | None] = {}
+    for name, file in names.items():
+        held = expected.setdefault(file, set())
+        assert held is not None
+        held.add(name)
+    return expected
+
+
+def _safe(folder: Path, expected: Mapping[str, set[str] | None], *, named_by: str) -> Weights:
+    files, manifests = [], []
+    seen: dict[str, str] = {}
+    for file, names in sorted(expected.items()):
+        path = member(folder, file, named_by=named_by)
+        header = read_header(path)
+        held = set(header.tensors)
+        absent = sorted((names or held) - held)
+        if absent:
+            raise CheckpointError(
+                f"{folder / named_by} says that {absent[0]} is in {file}, which does not hold it: files of two saves "
+                "lie in one folder. Nothing was loaded",
+                names=absent,
+            )
+        twice = sorted(held & seen.keys())
+        if twice:
+            raise CheckpointError(
+                f"{folder} holds {twice[0]} twice, in {seen[twice[0]]} and {file}: whichever is read last would win. "
+                "Nothing was loaded",
+                names=twice,
+            )
+        seen |= dict.fromkeys(held, file)
+        files.append(path)
+        manifests += [header.metadata[MANIFEST_KEY]] if MANIFEST_KEY in header.metadata else []
+    if len(manifests) > 1:
+        raise CheckpointError(f"{folder} holds files of several saves: {len(manifests)} of them have a manifest")
+    return Weights(files=tuple(files), pickled=False, manifest=next(iter(manifests), None))
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Link what is no part of a model into the new folder; copy it where links cannot be made."""
+    for path in old.iterdir():
+        target = new / path.name
+        if _OURS.fullmatch(path.name) or target.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target, symlinks=True, copy_function=_link)
+        else:
+            _link(path, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,262 @@
+"""Step 6, loading: transformers reads, the policy ties; every tensor comes from the folder, or an error says why not.
+
+transformers asks a model to tie itself once its tensors are read, and tells it which were missing:
+`tie_weights(missing_keys=...)`. That is where the decision belongs, and where it is made here. A class that answers by
+the policy stands in for the model's own while it is read.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+import tiepolicy
+from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
+from tiepolicy.errors import MissingTensorError, ShapeMismatchError, TieConflictError
+from tiepolicy_hf._declared import declarations
+from tiepolicy_hf._flags import correct_flags_
+from tiepolicy_hf._folder import find_weights
+
+#: What becomes of two stored values for what the config calls one tensor.
+OnConflict = Literal["error", "untie", "canonical"]
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+_Pairs = list[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class _Evidence:
+    """What is learnt while a model is built and read."""
+
+    policy: Policy
+    on_conflict: OnConflict
+    recorded: TiePlan | None
+    #: What the class made one tensor while it was built, before reading took it apart.
+    built: TiePlan | None = None
+    missing: set[str] = field(default_factory=set)
+    #: Two stored values of one tensor. Raised when it is known that no shape was wrong either.
+    conflict: TieConflictError | None = None
+
+
+def from_pretrained(
+    cls: type[_Model],
+    folder: str | Path,
+    *,
+    on_conflict: OnConflict = "error",
+    allow_pickle: bool = False,
+    policy: Policy | None = None,
+    **kwargs: Any,
+) -> _Model:
+    """Read a model from a Hugging Face folder, whoever wrote it; what is tied is decided by what the folder holds.
+
+    - One name of a declared tie is stored: both get it and are one tensor.
+    - Both are stored with equal values: they are one tensor.
+    - Both are stored with different values, or in different shapes: see `on_conflict`; different shapes are apart.
+    - Neither is stored, or a head that cannot come from the embedding: an error. Nothing is left at random values.
+
+    Flags of the config that say otherwise are set right on the model that is returned, so that `tie_weights()` and
+    `resize_token_embeddings()` keep a trained head. Nothing outside the folder is opened.
+
+    Args:
+        cls: A model class of transformers, or one of its Auto classes.
+        folder: A folder on this machine.
+        on_conflict: "error" to stop where a config ties two names that are stored with different values; "untie" to
+            keep both values apart; "canonical" to give both names the value that is stored for the embedding.
+        allow_pickle: Read `pytorch_model.bin` where there is no safetensors file, by torch's weights-only unpickler.
+        policy: Who decides; by default the built-in rules and the installed plugins.
+        kwargs: For `cls.from_pretrained`: dtype, device_map, config and the like.
+
+    Returns:
+        The model, in evaluation mode as transformers returns it.
+
+    Raises:
+        MissingTensorError: If the folder holds a tensor of the model under no name.
+        ShapeMismatchError: If it holds one in another shape.
+        TieConflictError: If it holds two values for one tensor, and neither `on_conflict` nor a plugin chooses.
+        CheckpointError: If the folder is no checkpoint, is damaged, or was put together from two.
+        UntrustedCheckpointError: If it points to files outside.
+    """
+    if on_conflict not in ("error", "untie", "canonical"):
+        raise ValueError(f'on_conflict is {on_conflict!r}; it is "error", "untie" or "canonical"')
+    for refused in ("ignore_mismatched_sizes", "output_loading_info", "state_dict", "weights_only", "use_safetensors"):
+        if refused in kwargs:
+            raise TypeError(f"{refused} cannot be given: what is missing or does not fit is always an error here")
+    folder = Path(folder).absolute()
+    weights = find_weights(folder, allow_pickle=allow_pickle)
+    recorded = None if weights.manifest is None else TiePlan.from_manifest(weights.manifest)
+    evidence = _Evidence(policy or tiepolicy.Policy.from_entry_points(), on_conflict, recorded)
+    concrete = _concrete(cls, folder, kwargs)
+    model, info = _reading(concrete, evidence).from_pretrained(
+        folder,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=not weights.pickled,
+        weights_only=True,
+        **kwargs,
+    )
+    model.__class__ = concrete
+    _check_complete(model, folder, info, evidence)
+    correct_flags_(model, evidence.policy.plan(model))
+    return model  # type: ignore[no-any-return]  # transformers annotates no return value
+
+
+def _concrete(cls: type[_Model], folder: Path, kwargs: dict[str, Any]) -> type[_Model]:
+    """The class of the model that an Auto class would build."""
+    if issubclass(cls, PreTrainedModel):
+        return cls
+    trusted = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
+    if not isinstance(kwargs.get("config"), str | Path | None):
+        config = kwargs["config"]
+    else:
+        config = AutoConfig.from_pretrained(kwargs.get("config") or folder, **trusted)
+        kwargs["config"] = config
+    with torch.device("meta"):
+        return type(cls.from_config(config, **trusted))
+
+
+def _reading(cls: type[_Model], evidence: _Evidence) -> Any:
+    """The class with another answer to the question how it is tied."""
+
+    def tie_weights(
+        self: PreTrainedModel, missing_keys: set[str] | None = None, recompute_mapping: bool = True
+    ) -> None:
+        if cls.tie_weights is not PreTrainedModel.tie_weights:  # speech models load their adapters there
+            cls.tie_weights(self, missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+        if missing_keys is None:
+            evidence.built = evidence.policy.plan(self)
+        else:
+            _tie_what_was_read_(self, missing_keys, evidence)
+
+    namespace = {"tie_weights": tie_weights, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), namespace)
+
+
+def _tie_what_was_read_(model: PreTrainedModel, missing: set[str], evidence: _Evidence) -> None:
+    """Tie what is declared, was built so or was recorded, as far as what was read allows.
+
+    Args:
+        model: What was read into.
+        missing: Names that were in no file. Those that get the value of another name are taken out.
+        evidence: Gets the first conflict, and what is missing still.
+    """
+    binding, possible = _pairs(model, evidence)
+    names = _Names(model, missing)
+    # A name that was missing may be the source of the next one.
+    while any(names.fill_(pair) for pair in (*binding, *possible)):
+        pass
+    for source, alias in binding:
+        difference = names.difference(source, alias)
+        if difference is None:
+            continue
+        kept = _kept(Conflict(canonical=source, alias=alias, difference=difference, moment=Moment.LOAD), evidence)
+        if kept is not None:
+            names.share_(alias if kept == source else source, kept)
+    for source, alias in binding:
+        if names.could_be_one(source, alias) and names.difference(source, alias) is None:
+            names.share_(alias, source)
+    evidence.missing = set(missing)
+
+
+def _pairs(model: PreTrainedModel, evidence: _Evidence) -> tuple[_Pairs, _Pairs]:
+    """The ties that hold unless the folder says otherwise, and those that only the lack of a name makes."""
+    binding: dict[tuple[str, str], None] = {}
+    possible: dict[tuple[str, str], None] = {}
+    for plan in (evidence.built, evidence.recorded):
+        for group in () if plan is None else plan.groups:
+            binding |= dict.fromkeys((group.canonical, alias.name) for alias in plan.whole_aliases(group.canonical))
+    for declared in declarations(model, tiepolicy.observe(model)):
+        if declared.value:
+            (binding if declared.binding else possible).update(dict.fromkeys(declared.pairs))
+    return list(binding), list(possible)
+
+
+class _Names:
+    """The tensors of a model by name, as they become one."""
+
+    def __init__(self, model: PreTrainedModel, missing: set[str]) -> None:
+        self._facts = tiepolicy.observe(model)
+        self._tensors = {name: self._facts.tensor(name) for name in self._facts}
+        self._model = model
+        self._missing = missing
+
+    def could_be_one(self, source: str, alias: str) -> bool:
+        """Whether two names can be one parameter."""
+        a, b = (self._tensors.get(name) for name in (source, alias))
+        if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)):
+            return False
+        # What was in no file may still be on the meta device.
+        somewhere = a.device == b.device or not self._missing.isdisjoint((source, alias))
+        return a.shape == b.shape and a.dtype == b.dtype and somewhere
+
+    def fill_(self, pair: tuple[str, str]) -> bool:
+        """Give a name that was missing the tensor of its partner; whether it did."""
+        there = [name for name in pair if name not in self._missing]
+        if len(there) != 1 or not self.could_be_one(*pair):
+            return False
+        gone = next(name for name in pair if name in self._missing)
+        self.share_(gone, there[0])
+        self._missing.discard(gone)
+        return True
+
+    def difference(self, source: str, alias: str) -> str | None:
+        """Where two names that could be one and were both read differ; None if they do not."""
+        if not self.could_be_one(source, alias) or not self._missing.isdisjoint((source, alias)):
+            return None
+        first, second = self._tensors[source], self._tensors[alias]
+        return None if first is second or first.is_meta else first_difference(first, second)
+
+    def share_(self, name: str, owner: str) -> None:
+        """Make a name, and all that are one with it, the parameter of another name."""
+        replaced, tensor = self._tensors[name], self._tensors[owner]
+        if replaced is tensor:
+            return
+        for other in [other for other, held in self._tensors.items() if held is replaced]:
+            path, _, attribute = other.rpartition(".")
+            setattr(self._model.get_submodule(path), attribute, tensor)
+            self._tensors[other] = tensor
+
+
+def _kept(conflict: Conflict, evidence: _Evidence) -> str | None:
+    """The name whose value both get; None to leave them apart."""
+    try:
+        return settle(conflict, evidence.policy.resolve)
+    except TieConflictError as error:
+        if evidence.on_conflict == "canonical":
+            return conflict.canonical
+        if evidence.on_conflict == "error" and evidence.conflict is None:
+            evidence.conflict = TieConflictError(
+                f"{conflict.alias} and {conflict.canonical} are one tensor by the model's config, but both are stored, "
+                f'and differ: {conflict.difference}. Nothing was loaded. Choose: on_conflict="untie" keeps both apart '
+                f'and sets the flag right, on_conflict="canonical" gives both the value of {conflict.canonical}',
+                names=error.names,
+            )
+        return None
+
+
+def _check_complete(model: nn.Module, folder: Path, info: dict[str, Any], evidence: _Evidence) -> None:
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise ShapeMismatchError(
+            f"{name} has shape {tuple(found)} in {folder}, the model expects {tuple(expected)}: its config or its "
+            "class is another than the one that was saved. Nothing was loaded",
+            names=[name],
+        )
+    if evidence.conflict is not None:
+        raise evidence.conflict
+    declared = [declared for declared in declarations(model, tiepolicy.observe(model)) if declared.value]
+    tied = {name for declaration in declared for pair in declaration.pairs for name in pair}
+    # transformers leaves out of its report what a class says may be missing; a tied name may not.
+    missing = sorted(set(info["missing_keys"]) | (evidence.missing & tied))
+    if missing:
+        plan = evidence.policy.plan(model)
+        claims = [str(refusal) for refusal in plan.refused if missing[0] in refusal.claim.names]
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        why = f" It cannot be derived from another tensor: {claims[0]}." if claims else ""
+        shape = plan.tensors[missing[0]].shape if missing[0] in plan.tensors else "of no known shape"
+        raise MissingTensorError(
+            f"{missing[0]} {shape}{others} is not in {folder}, under its own name or an alias.{why} Nothing was "
+            "loaded. Load a folder that holds it, or a class that does without",
+            names=missing,
+        )

@@ -1,0 +1,168 @@
+"""Step 5, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+import tiepolicy
+from tiepolicy import Policy, TiePlan
+from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError
+from tiepolicy_hf._declared import declarations
+from tiepolicy_hf._flags import corrected_config, corrections, rebuilt_pairs
+from tiepolicy_hf._folder import INDEX, MANIFEST_KEY, replace_folder
+
+_PATTERN = "model{suffix}.safetensors"
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    max_shard_size: int | str = "50GB",
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    policy: Policy | None = None,
+) -> Path:
+    """Write a model as a folder that transformers, safetensors and huggingface_hub read, and nothing of it is lost.
+
+    A tied tensor is stored once, under the name that the others are derived from, as long as transformers would derive
+    them; what it would not (a tie that nobody declares, a view of a part) is stored under each name. Flags in
+    `config.json` say what is: a head of its own makes `tie_word_embeddings` false there, a real tie makes it true. The
+    plan lies in the metadata of the first file. The live model and its config are not changed.
+
+    The folder appears whole, or stays what it was; files in it that are no part of a model are kept.
+
+    Args:
+        model: A model whose tensors this process holds whole.
+        folder: Where to; replaced if it exists.
+        max_shard_size: Largest file in bytes, or as text such as "5GB".
+        state_dict: The model's state, if it was gathered or offloaded; its tied names must hold equal values.
+        policy: Who decides; by default the built-in rules and the installed plugins.
+
+    Returns:
+        The folder as an absolute path.
+
+    Raises:
+        ObservationError: If the model is none of transformers, or holds what cannot be stored.
+        TieConflictError: If tied names hold different values in `state_dict`.
+        CheckpointError: If the model is sharded or has no data, or the folder cannot be written.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ObservationError(
+            f"{type(model).__name__} is no transformers model; unwrap it, or save it with tiepolicy_dcp.save"
+        )
+    folder = Path(folder).absolute()
+    plan = (policy or tiepolicy.Policy.from_entry_points()).plan(model)
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    _check_data(state)
+    declared = list(declarations(model, tiepolicy.observe(model)))
+    fixes = corrections(declared, plan)
+    plan.compact(state)  # raises where tied names differ
+    needed = set(plan.tensors) - _derivable(plan, rebuilt_pairs(declared, fixes))
+    stored = _in_stored_form(
+        model, {name: tensor for name, tensor in state.items() if name in needed or name not in plan.tensors}
+    )
+    config = corrected_config(model.config, fixes)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+
+    def write(unfinished: Path) -> None:
+        config.save_pretrained(unfinished)
+        if model.can_generate():
+            model.generation_config.save_pretrained(unfinished)
+        _write_weights(unfinished, stored, max_shard_size, _metadata(plan, stored))
+
+    replace_folder(folder, write)
+    return folder
+
+
+def _without(state: dict[str, torch.Tensor], left_out: set[str], plan: TiePlan) -> dict[str, torch.Tensor]:
+    """The state without the aliases that are to be left out, each compared with what stands for it."""
+    compacted = plan.compact(state)
+    absent = sorted(name for name in plan.tensors if name not in state and plan.canonical(name) not in compacted)
+    if absent:
+        raise MissingTensorError(
+            f"{absent[0]} {plan.tensors[absent[0]].shape} is in the model but not in the state_dict to save; nothing was "
+            "written",
+            names=absent,
+        )
+    kept = {name: tensor for name, tensor in state.items() if name not in left_out}
+    return kept | compacted
+
+
+def _check_data(state: Mapping[str, object]) -> None:
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ObservationError(
+                f"{name} is a {type(tensor).__name__}, not a tensor, and cannot be stored in safetensors", names=[name]
+            )
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device and has no data to save", names=[name])
+        if isinstance(tensor, DTensor):
+            raise CheckpointError(
+                f"{name} is sharded; save with tiepolicy_dcp.save(..., consolidated=True), which gathers it",
+                names=[name],
+            )
+
+
+def _derivable(plan: TiePlan, pairs: list[tuple[str, str]]) -> set[str]:
+    """The aliases that transformers makes of a stored name when it loads."""
+    return {
+        alias.name
+        for group in plan.groups
+        for alias in group.aliases
+        if alias.view is None and _connected(group.canonical, alias.name, set(group.names), pairs)
+    }
+
+
+def _connected(start: str, goal: str, within: set[str], pairs: list[tuple[str, str]]) -> bool:
+    reached, grows = {start}, True
+    while grows and goal not in reached:
+        joined = {name for pair in pairs if reached & set(pair) for name in pair} & within
+        grows = bool(joined - reached)
+        reached |= joined
+    return goal in reached
+
+
+def _in_stored_form(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under the names and in the layout that the model's checkpoints have, no tensor sharing memory with another."""
+    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    shared = {name for names in tiepolicy.observe(reverted).sharing() for name in names[1:]}
+    # A slice would take its whole storage along, and a file can hold one range under one name only.
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        if name in shared
+        else tensor.detach().contiguous()
+        for name, tensor in sorted(reverted.items())
+    }
+
+
+def _metadata(plan: TiePlan, stored: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The plan, and what `safetensors.torch.load_model` wants to know: which name stands for one that is not stored."""
+    aliases = {
+        alias.name: group.canonical
+        for group in plan.groups
+        for alias in group.aliases
+        if alias.name not in stored and group.canonical in stored and alias.view is None
+    }
+    return {"format": "pt", **aliases, MANIFEST_KEY: json.dumps(plan.to_manifest())}
+
+
+def _write_weights(
+    folder: Path, stored: Mapping[str, torch.Tensor], max_shard_size: int | str, metadata: dict[str, str]
+) -> None:
+    split = split_torch_state_dict_into_shards(dict(stored), filename_pattern=_PATTERN, max_shard_size=max_shard_size)
+    extra: dict[str, Any] = metadata
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: stored[name] for name in names}, folder / file, metadata=extra)
+        extra = {"format": "pt"}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
