@@ -23,7 +23,7 @@ FLOW = {
     "tiepolicy": """errors _facts _memory _modules _observe _claims _verdicts _evidence _groups _values _conflict
         _external _retie _table _manifest _plan hookspecs _rules _policy _reconcile _paths _safetensors _unpickling
         _contents _digests _verify _diff _plugins _inspect _cli __main__ __init__ _cases _laws testing""",
-    "tiepolicy_hf": "_plugin __init__",
+    "tiepolicy_hf": "_declared _plugin _flags _folder _save _load __init__",
     "tiepolicy_dcp": """errors _ranks _folder _digests _files _reader _writer _state _extra _retention _save
         _optimizer _conflicts _load _pointers _lock _staging _worker _async _store __init__""",
     "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel __init__",
@@ -85,8 +85,12 @@ def test_only_one_core_module_reads_storages():
     assert ["_memory.py"] == readers
 
 
-def test_transformers_is_imported_by_the_trainer_only():
-    for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2"):
+def test_transformers_is_imported_where_its_models_are_read_and_written_only():
+    """A plugin that imported it would make everybody wait who plans a model."""
+    plugin = PACKAGES["tiepolicy_hf"][0]
+    for module in ("__init__", "_plugin", "_declared"):
+        assert "transformers" not in {name.split(".")[0] for name in imported(plugin / f"{module}.py")}
+    for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_fsdp2"):
         used = {name.split(".")[0] for path in PACKAGES[package][0].glob("*.py") for name in imported(path)}
         assert "transformers" not in used
 

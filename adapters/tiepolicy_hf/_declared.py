@@ -28,6 +28,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
 class Declaration:
     """What one flag says about the names of one module."""
 
+    module: nn.Module
     #: The config that holds the flag.
     config: object
     #: Where the flag is, from the module: `config.text_config.tie_word_embeddings`.
@@ -57,6 +58,7 @@ def declarations(model: nn.Module, facts: Facts) -> Iterator[Declaration]:
             continue
         for path, holder, value in flags:
             yield Declaration(
+                module=module,
                 config=holder,
                 flag=f"{path}.{FLAG}",
                 value=value,

@@ -1,11 +1,13 @@
 """Step 3, flags: what the tie flags of a model must say for what is really tied, in memory and in `config.json`.
 
 A flag that calls tied what is not lets the next `tie_weights()` replace a trained head; one that calls untied what is
-lets the next load fill it with random values. So a flag is true exactly if all pairs that it speaks of are one tensor.
+lets the next load fill it with random values. So a flag is true exactly if something that it speaks of is one tensor.
+Where it speaks of several pairs and only some are (an encoder and a decoder share their embedding, the head has other
+rows), no flag is right: then it stays true, both names are stored, which transformers reads as apart, and the names
+that the live module ties by are cut down to the tied ones.
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +45,7 @@ def corrections(declared: list[Declaration], plan: TiePlan) -> list[Correction]:
         binding = [declaration for declaration in mine if declaration.binding]
         relevant = binding or mine
         pairs = [pair for declaration in relevant for pair in declaration.pairs if set(pair) <= set(plan.tensors)]
-        tied = bool(pairs) and all(are_tied(plan, *pair) for pair in pairs)
+        tied = any(are_tied(plan, *pair) for pair in pairs)
         says = bool(getattr(config, FLAG, False))
         # Where nobody ties by a flag, making it true would promise a tie that nobody makes.
         if tied != says and pairs and (binding or not tied or spoken_for):
@@ -69,39 +71,64 @@ def declared_by(model: nn.Module) -> list[Declaration]:
 
 def corrected_config(config: Any, fixes: list[Correction]) -> Any:
     """A copy of a model's config with the flags set right; what it was copied from is not changed."""
-    paths = dict(_parts(config, ()))
     corrected = copy.deepcopy(config)
+    parts = dict(zip(_parts(config), _parts(corrected).values(), strict=True))
     for fix in fixes:
-        path = paths.get(id(fix.config))
-        if path is not None:
-            part = corrected
-            for attribute in path:
-                part = getattr(part, attribute)
-            setattr(part, FLAG, fix.value)
+        if id(fix.config) in parts:
+            setattr(parts[id(fix.config)], FLAG, fix.value)
     return corrected
 
 
-def correct_flags_(model: nn.Module, plan: TiePlan) -> list[Correction]:
-    """Set the flags of a live model right, and the list of ties that transformers made of them when it was built.
+def lasting(config: Any, fixes: list[Correction]) -> list[Correction]:
+    """The corrections that outlive a save: some classes, as T5's, set their flag themselves whenever a file is read.
+
+    There the flag in the file means something else, and changing it would change what the model computes.
+    """
+    if not hasattr(config, "to_dict"):
+        return fixes
+    read = type(config).from_dict(corrected_config(config, fixes).to_dict())
+    parts = dict(zip(_parts(config), _parts(read).values(), strict=False))
+    return [
+        fix
+        for fix in fixes
+        if bool(getattr(parts.get(id(fix.config), fix.config), FLAG, fix.value)) is fix.value
+        or id(fix.config) not in parts
+    ]
+
+
+def correct_flags_(model: nn.Module, plan: TiePlan) -> None:
+    """Set the flags of a live model right, and the names that transformers ties by where a flag cannot say it.
 
     After that neither `tie_weights()` nor `resize_token_embeddings()` ties what the plan keeps apart.
     """
-    fixes = corrections(declared_by(model), plan)
-    for fix in fixes:
+    declared = declared_by(model)
+    for fix in lasting(getattr(model, "config", None), corrections(declared, plan)):
         setattr(fix.config, FLAG, fix.value)
     for prefix, module in named_modules(model):
+        start = f"{prefix}." if prefix else ""
+        apart = {
+            pair
+            for declaration in declared
+            if declaration.module is module and declaration.binding and getattr(declaration.config, FLAG, False)
+            for pair in declaration.pairs
+            if not are_tied(plan, *pair)
+        }
+        if apart:
+            pairs = [pair for each in declared if each.module is module and each.binding for pair in each.pairs]
+            keys = {alias.removeprefix(start): origin.removeprefix(start) for origin, alias in pairs}
+            kept = {a: o for a, o in keys.items() if are_tied(plan, start + a, start + o)}
+            module._tied_weights_keys = kept  # type: ignore[assignment]  # noqa: SLF001 - the attribute models declare by
         made = getattr(module, "all_tied_weights_keys", None)
         if isinstance(made, dict):
-            start = f"{prefix}." if prefix else ""
-            kept = {alias: origin for alias, origin in made.items() if are_tied(plan, start + alias, start + origin)}
-            if kept != made:
-                module.all_tied_weights_keys = kept  # type: ignore[assignment]  # a plain attribute of the module
-    return fixes
+            module.all_tied_weights_keys = {  # type: ignore[assignment]  # a plain attribute of the module
+                alias: origin for alias, origin in made.items() if are_tied(plan, start + alias, start + origin)
+            }
 
 
-def _parts(config: Any, path: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Every config within a config, by its identity, with the attributes that lead to it."""
-    yield id(config), path
-    for name, part in vars(config).items():
+def _parts(config: Any) -> dict[int, Any]:
+    """Every config within a config, by its identity, always in one order."""
+    found = {id(config): config}
+    for part in vars(config).values():
         if hasattr(part, "to_dict") and hasattr(part, "model_type"):
-            yield from _parts(part, (*path, name))
+            found |= _parts(part)
+    return found

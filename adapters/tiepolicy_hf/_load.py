@@ -16,13 +16,14 @@ from transformers import AutoConfig, PreTrainedModel
 import tiepolicy
 from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
 from tiepolicy.errors import MissingTensorError, ShapeMismatchError, TieConflictError
-from tiepolicy_hf._declared import declarations
+from tiepolicy_hf._declared import FLAG, declarations
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import find_weights
 
 #: What becomes of two stored values for what the config calls one tensor.
 OnConflict = Literal["error", "untie", "canonical"]
 
+_CONFIG = "config.json"
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 _Pairs = list[tuple[str, str]]
 
@@ -34,6 +35,8 @@ class _Evidence:
     policy: Policy
     on_conflict: OnConflict
     recorded: TiePlan | None
+    #: Whether the file of the config says that nothing is tied; the flag of the config that was made of it may not.
+    denied: bool
     #: What the class made one tensor while it was built, before reading took it apart.
     built: TiePlan | None = None
     missing: set[str] = field(default_factory=set)
@@ -87,7 +90,8 @@ def from_pretrained(
     folder = Path(folder).absolute()
     weights = find_weights(folder, allow_pickle=allow_pickle)
     recorded = None if weights.manifest is None else TiePlan.from_manifest(weights.manifest)
-    evidence = _Evidence(policy or tiepolicy.Policy.from_entry_points(), on_conflict, recorded)
+    denied = (folder / _CONFIG).exists() and tiepolicy.read_json(folder / _CONFIG).get(FLAG) is False
+    evidence = _Evidence(policy or tiepolicy.Policy.from_entry_points(), on_conflict, recorded, denied)
     concrete = _concrete(cls, folder, kwargs)
     model, info = _reading(concrete, evidence).from_pretrained(
         folder,
@@ -164,13 +168,16 @@ def _pairs(model: PreTrainedModel, evidence: _Evidence) -> tuple[_Pairs, _Pairs]
     """The ties that hold unless the folder says otherwise, and those that only the lack of a name makes."""
     binding: dict[tuple[str, str], None] = {}
     possible: dict[tuple[str, str], None] = {}
-    for plan in (evidence.built, evidence.recorded):
-        for group in () if plan is None else plan.groups:
+    for plan in (known for known in (evidence.built, evidence.recorded) if known is not None):
+        for group in plan.groups:
             binding |= dict.fromkeys((group.canonical, alias.name) for alias in plan.whole_aliases(group.canonical))
     for declared in declarations(model, tiepolicy.observe(model)):
-        if declared.value:
-            (binding if declared.binding else possible).update(dict.fromkeys(declared.pairs))
-    return list(binding), list(possible)
+        for pair in declared.pairs if declared.value else ():
+            # What a plan recorded, or the file's own flag denies, is more than what the class makes of the file.
+            apart = evidence.recorded is not None and set(pair) <= set(evidence.recorded.tensors)
+            is_binding = declared.binding and not apart and not (declared.config is model.config and evidence.denied)
+            (binding if is_binding else possible)[pair] = None
+    return list(binding), [pair for pair in possible if pair not in binding]
 
 
 class _Names:

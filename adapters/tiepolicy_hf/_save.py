@@ -16,7 +16,7 @@ import tiepolicy
 from tiepolicy import Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError
 from tiepolicy_hf._declared import declarations
-from tiepolicy_hf._flags import corrected_config, corrections, rebuilt_pairs
+from tiepolicy_hf._flags import corrected_config, corrections, lasting, rebuilt_pairs
 from tiepolicy_hf._folder import INDEX, MANIFEST_KEY, replace_folder
 
 _PATTERN = "model{suffix}.safetensors"
@@ -63,7 +63,7 @@ def save_pretrained(
     state = dict(model.state_dict() if state_dict is None else state_dict)
     _check_data(state)
     declared = list(declarations(model, tiepolicy.observe(model)))
-    fixes = corrections(declared, plan)
+    fixes = lasting(model.config, corrections(declared, plan))
     plan.compact(state)  # raises where tied names differ
     needed = set(plan.tensors) - _derivable(plan, rebuilt_pairs(declared, fixes))
     stored = _in_stored_form(
@@ -89,8 +89,8 @@ def _without(state: dict[str, torch.Tensor], left_out: set[str], plan: TiePlan) 
     absent = sorted(name for name in plan.tensors if name not in state and plan.canonical(name) not in compacted)
     if absent:
         raise MissingTensorError(
-            f"{absent[0]} {plan.tensors[absent[0]].shape} is in the model but not in the state_dict to save; nothing was "
-            "written",
+            f"{absent[0]} {plan.tensors[absent[0]].shape} is in the model but not in the state_dict to save; nothing "
+            "was written",
             names=absent,
         )
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}

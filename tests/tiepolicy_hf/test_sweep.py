@@ -1,0 +1,45 @@
+"""Every class of transformers that can be built small comes back as it was saved: values, ties and outputs."""
+
+import pytest
+from transformers.utils import logging
+
+from hf_sweep import built_classes, sweep, table
+from hf_zoo import entries
+
+# A plain tie, one of other module names, one of four names, one of three, fused experts whose names change on disk,
+# no attention, and two that see: one whose checkpoints keep an older layout, one with a flag in each part of a config.
+USUAL = {
+    "LlamaForCausalLM",
+    "GPT2LMHeadModel",
+    "T5ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "MixtralForCausalLM",
+    "MambaForCausalLM",
+    "LlavaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Transformers reports each weight that a class leaves out; a sweep reports in a table."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(verbosity)
+
+
+def test_usual_models_come_back_tied_untied_and_with_a_small_head():
+    rows = sweep([entry for entry in entries() if entry.name in USUAL])
+    assert USUAL == built_classes(rows)
+    assert [] == [row for row in rows if row.outcome not in ("passed", "no head")], table(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_class_of_the_auto_mappings_that_can_be_built_small_comes_back():
+    """`pytest -s` shows the table."""
+    rows = sweep(entries())
+    print(f"\n{table(rows)}")
+    assert [] == [row for row in rows if row.outcome == "differs"], table(rows)
+    assert 150 <= len(built_classes(rows))
