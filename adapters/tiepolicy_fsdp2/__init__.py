@@ -10,6 +10,10 @@ from tiepolicy_fsdp2._kept import verified as verified
 from tiepolicy_fsdp2._kept import verify as verify
 from tiepolicy_fsdp2._materialize import Init as Init
 from tiepolicy_fsdp2._materialize import materialize as materialize
+from tiepolicy_fsdp2._pipeline import StageTies as StageTies
+from tiepolicy_fsdp2._pipeline import sync_tied_gradients as sync_tied_gradients
+from tiepolicy_fsdp2._pipeline import tie_stages as tie_stages
+from tiepolicy_fsdp2._pipeline import verify_stages as verify_stages
 from tiepolicy_fsdp2._shard import ShardOptions as ShardOptions
 from tiepolicy_fsdp2._shard import fully_shard as fully_shard
 from tiepolicy_fsdp2._tensor_parallel import parallelize_module as parallelize_module

@@ -11,6 +11,32 @@ from tiepolicy_fsdp2.errors import PlanMismatchError
 T = TypeVar("T")
 
 
+def gathered(find: Callable[[], T], groups: Sequence[dist.ProcessGroup | None]) -> dict[int, T]:
+    """What every rank found, by rank of the default group. Called by all ranks.
+
+    Args:
+        find: May not communicate.
+        groups: Groups of this rank whose members, and the members of whose members, are meant; None is the default.
+
+    Raises:
+        Exception: On every rank, what `find` raised on the first of those where it did.
+    """
+    finding: tuple[T | None, Exception | None]
+    try:
+        finding = find(), None
+    except Exception as error:  # handed on whole, to every rank
+        finding = None, error
+    known = {dist.get_rank(): finding}
+    for group in groups:  # what one dimension of a mesh brought together, the next one spreads
+        of_ranks = [known] * dist.get_world_size(group)
+        dist.all_gather_object(of_ranks, known, group=group)
+        known = {rank: found for ranks in of_ranks for rank, found in ranks.items()}
+    failures = [error for _, (_, error) in sorted(known.items(), key=lambda item: item[0]) if error is not None]
+    if failures:
+        raise failures[0]
+    return {rank: found for rank, (found, _) in sorted(known.items(), key=lambda item: item[0]) if found is not None}
+
+
 def agreed(decide: Callable[[], tuple[T, str]], mesh: DeviceMesh | None) -> T:
     """What this rank decided, once every rank is known to have decided the same. Called by all ranks.
 
@@ -24,28 +50,20 @@ def agreed(decide: Callable[[], tuple[T, str]], mesh: DeviceMesh | None) -> T:
     """
     if not dist.is_initialized():
         return decide()[0]
-    decision: list[T] = []
-    digest: str | Exception
-    try:
-        mine, digest = decide()
-        decision.append(mine)
-    except Exception as error:  # handed on whole, to every rank
-        digest = error
-    known: dict[int, str | Exception] = {dist.get_rank(): digest}
-    groups: Sequence[dist.ProcessGroup | None] = [None] if mesh is None else mesh.get_all_groups()
-    for group in groups:  # what one dimension of the mesh brought together, the next one spreads
-        gathered: list[dict[int, str | Exception]] = [{} for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(gathered, known, group=group)
-        known = {rank: found for ranks in gathered for rank, found in ranks.items()}
-    failures = [found for _, found in sorted(known.items(), key=lambda item: item[0]) if isinstance(found, Exception)]
-    if failures:
-        raise failures[0]
+    decisions: list[T] = []
+
+    def digest() -> str:
+        decision, its_digest = decide()
+        decisions.append(decision)
+        return its_digest
+
+    known = gathered(digest, [None] if mesh is None else mesh.get_all_groups())
     first = min(known)
-    different = sorted(rank for rank, found in known.items() if found != known[first])
+    different = [rank for rank, found in known.items() if found != known[first]]
     if different:
         raise PlanMismatchError(
             f"rank {first} and rank {different[0]} decided differently what is one tensor or what is sharded together "
             f"(ranks that differ from rank {first}: {different}); nothing was sharded. Build the same model, with the "
             "same ties and the same blocks, on every rank"
         )
-    return decision[0]
+    return decisions[0]

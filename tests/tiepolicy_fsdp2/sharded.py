@@ -52,16 +52,18 @@ class Tower(nn.Module):
     def __init__(self, *, rows: int = ROWS) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(rows, 4, dtype=torch.float64)
-        self.layers = nn.ModuleList([Layer().double(), Layer().double()])
+        self.layers = nn.ModuleDict({"0": Layer().double(), "1": Layer().double()})
         self.lm_head = nn.Linear(4, rows, bias=False, dtype=torch.float64)
         self.lm_head.weight = self.embed_tokens.weight
-        self.layers[1].up.weight = self.layers[0].up.weight
+        self.layers["1"].up.weight = self.layers["0"].up.weight
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        states = self.embed_tokens(ids)
-        for layer in self.layers:
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Runs what the stage of a pipeline has: ids in or hidden states in, hidden states or logits out."""
+        if self.embed_tokens is not None:
+            states = self.embed_tokens(states)
+        for layer in self.layers.values():
             states = layer(states)
-        return self.lm_head(states)
+        return states if self.lm_head is None else self.lm_head(states)
 
 
 def tower(**sizes) -> Tower:
@@ -260,7 +262,7 @@ def shard_with_one_in_the_root():
 
 def shard_checkpointed():
     model = tower()
-    model.layers[0] = checkpoint_wrapper(model.layers[0])
+    model.layers["0"] = checkpoint_wrapper(model.layers["0"])
     tiepolicy_fsdp2.fully_shard(model, blocks=[Layer], mesh=mesh())
     tiepolicy_fsdp2.verify(model, step="sharding")
     return {"tied": tied(model)} | compare(model, tower())
@@ -425,12 +427,17 @@ def tensor_parallel_and_sharded():
     }
 
 
+def report(name, case):
+    """Run a case and print what the first rank saw, and whether all met the same error."""
+    result = case()
+    results = [result] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    if dist.get_rank() == 0:
+        agreed = all(result.get("error") == results[0].get("error") for result in results)
+        print("RESULT", json.dumps({"case": name, "agreed": agreed} | results[0]))
+
+
 if __name__ == "__main__":
     with process_group():
         for name in sys.argv[1:]:
-            result = globals()[name]()
-            results = [result] * dist.get_world_size()
-            dist.all_gather_object(results, result)
-            if dist.get_rank() == 0:
-                agreed = all(result.get("error") == results[0].get("error") for result in results)
-                print("RESULT", json.dumps({"case": name, "agreed": agreed} | results[0]))
+            report(name, globals()[name])

@@ -1,0 +1,169 @@
+"""What the stages of a pipeline do in `test_staged.py`: `torchrun staged.py FOLDER CASE...`, as in `sharded.py`."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sharded import STEPS, Layer, Tower, batch, distance, message, report, tower, train, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+import tiepolicy
+import tiepolicy_fsdp2
+from torchrun import process_group
+
+NUM_MICROBATCHES = 2
+
+
+def whole_plan():
+    with torch.device("meta"):
+        return tiepolicy.plan(Tower())
+
+
+def cut(model: Tower, stage: int) -> Tower:
+    """One of two stages: what the other one has is left out; names stay."""
+    if stage == 0:
+        model.lm_head = None
+        del model.layers["1"]
+    else:
+        model.embed_tokens = None
+        del model.layers["0"]
+    return model
+
+
+def half(stage: Tower) -> nn.Parameter:
+    return (stage.embed_tokens or stage.lm_head).weight
+
+
+def grid():
+    """The dimension of the pipeline, then that of the data."""
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
+
+
+def run_steps(stage, mesh, schedule_class, *, sync, num_steps=STEPS, ties=None):
+    """Real pipeline steps over microbatches, each data rank on its rows."""
+    group = mesh["pp"].get_group()
+    index = mesh["pp"].get_local_rank()
+    pipeline_stage = PipelineStage(stage, index, 2, torch.device("cpu"), group=group)
+    losses: list[torch.Tensor] = []
+
+    def loss(logits, ids):
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(1, 1).flatten())
+
+    schedule = schedule_class(pipeline_stage, NUM_MICROBATCHES, loss_fn=loss)
+    optimizer = torch.optim.AdamW(stage.parameters(), lr=0.05)
+    for step in range(num_steps):
+        ids = batch(step).chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
+        if index == 0:
+            schedule.step(ids)
+        else:
+            schedule.step(target=ids, losses=losses)
+        if sync:
+            tiepolicy_fsdp2.sync_tied_gradients(ties)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def both(value):
+    """What the first rank of either stage has."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values[0], values[-1]
+
+
+def piped(schedule_class):
+    mesh = grid()
+    stage = cut(tower(), mesh["pp"].get_local_rank())
+    if mesh["dp"].size() > 1:
+        tiepolicy_fsdp2.fully_shard(stage, blocks=[Layer], mesh=mesh["dp"])
+    ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan(), group=mesh["pp"].get_group())
+    run_steps(stage, mesh, schedule_class, sync=True, ties=ties)
+    tiepolicy_fsdp2.verify_stages(ties, step="training")
+    reference = tower()
+    train(reference, alone=True)
+    expected = {name: tensor.detach() for name, tensor in reference.state_dict().items()}
+    far = max(distance(whole(parameter), expected[name]) for name, parameter in stage.named_parameters())
+    embed, head = both(whole(half(stage)))
+    return {
+        "shared": sorted(ties.shared),
+        "weights": max(both(far)),
+        "equal": torch.equal(embed, head),
+    }
+
+
+def one_forward_one_backward():
+    return piped(Schedule1F1B)
+
+
+def all_forward_all_backward():
+    return piped(ScheduleGPipe)
+
+
+def today_without_sync():
+    mesh = grid()
+    stage = cut(tower(), mesh["pp"].get_local_rank())
+    ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan(), group=mesh["pp"].get_group())
+    run_steps(stage, mesh, Schedule1F1B, sync=False)
+    embed, head = both(whole(half(stage)))
+    return {
+        "drift": distance(embed, head) > 1e-3,
+        "error": message(lambda: tiepolicy_fsdp2.verify_stages(ties, step="training")),
+    }
+
+
+def started_apart():
+    torch.manual_seed(dist.get_rank())
+    stage = cut(Tower(), dist.get_rank())
+    error = message(lambda: tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan()))
+    first, _ = both(whole(half(stage)))
+    ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan(), keep="canonical")
+    embed, head = both(whole(half(stage)))
+    tiepolicy_fsdp2.verify_stages(ties)
+    return {"error": error, "kept": torch.equal(first, embed) and torch.equal(first, head)}
+
+
+def a_half_without_gradient():
+    stage = cut(tower(), dist.get_rank())
+    ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan())
+    if dist.get_rank() == 0:
+        half(stage).grad = torch.ones_like(half(stage))
+    tiepolicy_fsdp2.sync_tied_gradients(ties)
+    gradients = both(half(stage).grad)
+    return {"ones": [bool((gradient == 1).all()) for gradient in gradients]}
+
+
+def a_stage_is_missing():
+    stage = cut(tower(), 0)
+    return {"error": message(lambda: tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan()))}
+
+
+def converted_apart():
+    stage = cut(tower(), dist.get_rank())
+    if dist.get_rank() == 1:
+        stage.lm_head.float()
+    return {"error": message(lambda: tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan()))}
+
+
+def two_halves_on_one_rank():
+    """Interleaved stages: a rank owns the first and the last, the other the middle."""
+    model = tower()
+    ends, middle = [model.embed_tokens, model.lm_head], model.layers
+    named = nn.ModuleDict({"embed_tokens": ends[0]}), nn.ModuleDict({"lm_head": ends[1]})
+    stages = list(named) if dist.get_rank() == 0 else [nn.ModuleDict({"layers": middle})]
+    ties = tiepolicy_fsdp2.tie_stages(stages, plan=whole_plan())
+    if dist.get_rank() == 0:
+        named[1]["lm_head"].weight = nn.Parameter(ends[0].weight.detach().clone())
+    return {
+        "shared": sorted(ties.shared),
+        "error": message(lambda: tiepolicy_fsdp2.tie_stages(stages, plan=whole_plan())),
+    }
+
+
+if __name__ == "__main__":
+    with process_group():
+        folder = Path(sys.argv[1])
+        for name in sys.argv[2:]:
+            report(name, globals()[name])

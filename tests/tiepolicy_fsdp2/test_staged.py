@@ -1,0 +1,96 @@
+"""Stages of a real pipeline that own one half of a tie each, under torchrun with gloo; the reference is one process.
+
+The model has two ties that cross its two stages: embedding and head, and a map of either layer.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from torchrun import torchrun
+
+RANKS = Path(__file__).with_name("staged.py")
+pytestmark = pytest.mark.dist
+
+SCHEDULES = ["one_forward_one_backward", "all_forward_all_backward"]
+OTHERS = [
+    *("today_without_sync", "started_apart", "a_half_without_gradient"),
+    *("a_stage_is_missing", "converted_apart", "two_halves_on_one_rank"),
+]
+
+
+def run(folder, cases, num_processes):
+    output = torchrun(RANKS, folder, *cases, num_processes=num_processes)
+    assert 0 == output.returncode, output.stdout
+    lines = [line.split("RESULT ", 1)[1] for line in output.stdout.splitlines() if "RESULT " in line]
+    return {result["case"]: result for result in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two"), [*SCHEDULES, *OTHERS], num_processes=2)
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("four"), SCHEDULES, num_processes=4)
+
+
+def check_trained(result):
+    assert ["embed_tokens.weight", "layers.0.up.weight"] == result["shared"]
+    assert result["equal"]
+    assert 1e-12 > result["weights"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_synced_stages_train_as_one_process_does_and_stay_equal_to_the_bit(on_two, schedule):
+    check_trained(on_two[schedule])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_that_are_sharded_train_as_one_process_does(on_four, schedule):
+    check_trained(on_four[schedule])
+
+
+def test_today_stages_drift_apart_without_a_word_and_are_found_here(on_two):
+    result = on_two["today_without_sync"]
+    assert result["drift"]
+    assert result["agreed"]
+    assert result["error"].startswith(
+        "TieConflictError: embed_tokens.weight on rank 0 and lm_head.weight on rank 1 are one tensor in the model and "
+        "hold different values after training. Call sync_tied_gradients"
+    )
+
+
+def test_stages_that_start_apart_are_an_error_or_get_the_canonical_value_by_choice(on_two):
+    result = on_two["started_apart"]
+    assert "hold different values after being cut into stages" in result["error"]
+    assert (True, True) == (result["agreed"], result["kept"])
+
+
+def test_a_half_without_a_gradient_gets_that_of_the_other(on_two):
+    assert [True, True] == on_two["a_half_without_gradient"]["ones"]
+
+
+def test_halves_on_one_rank_need_no_sync_and_must_be_one_parameter(on_two):
+    result = on_two["two_halves_on_one_rank"]
+    assert [] == result["shared"]
+    assert result["agreed"]
+    assert "as two parameters: assign one to the other where the stages are built" in result["error"]
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        (
+            "a_stage_is_missing",
+            "MissingTensorError: no stage has lm_head.weight of the tied embed_tokens.weight and lm_head.weight",
+        ),
+        ("converted_apart", "ShardingError: embed_tokens.weight on rank 0 and lm_head.weight on rank 1 are one tensor"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused_on_every_rank(on_two, case, sentence):
+    assert on_two[case]["agreed"]
+    assert on_two[case]["error"].startswith(sentence)
