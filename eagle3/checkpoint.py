@@ -21,7 +21,7 @@ from eagle3.metrics import Measurement
 from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks
 from eagle3.target import FrozenTarget
-from tiepolicy_dcp import CheckpointStore
+from tiepolicy_dcp import CheckpointStore, PendingSave
 
 logger = logging.getLogger("eagle3")
 
@@ -71,6 +71,7 @@ class RunCheckpoints:
         self.out = Path(out)
         self.ranks = ranks
         self.config = config = config or CheckpointConfig()
+        self._pending: PendingSave | None = None
         self.store = CheckpointStore(
             self.out / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best, metric="accept_length"
         )
@@ -114,8 +115,11 @@ class RunCheckpoints:
         metrics = None
         if measurement is not None:
             metrics = {"accept_length": measurement.accept_length, "loss": measurement.loss}
-        folder = self.store.save(
-            self._free_name(f"epoch_{epoch}_step_{progress.step}"),
+        self.finish()
+        name = self._free_name(f"epoch_{epoch}_step_{progress.step}")
+        save = self.store.async_save if self.config.async_save else self.store.save
+        saved = save(
+            name,
             model=state.draft,
             optimizer=state.optimizer.adamw,
             extra=extra,
@@ -123,7 +127,21 @@ class RunCheckpoints:
             consolidated=self.config.save_consolidated,
             metrics=metrics,
         )
-        logger.info("Saved checkpoint to %s", folder)
+        if isinstance(saved, Path):
+            logger.info("Saved checkpoint to %s", saved)
+        else:
+            logger.info("Writing checkpoint %s in the background", name)
+            self._pending = saved
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written in the background.
+
+        Raises:
+            TiePolicyError: If it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            logger.info("Saved checkpoint to %s", pending.result())
 
     def _free_name(self, name: str) -> str:
         # What the first process sees counts: another machine's view of a shared disk may lag behind.

@@ -96,18 +96,22 @@ class BatchOrder:
     @property
     def steps_per_epoch(self) -> int:
         """Steps in which every row is seen once, the same on all ranks."""
-        return -(-self.num_rows // (self.batch_size * self.world_size))
+        return self.steps_from(0)
 
-    def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[list[Pick]]:
-        """This rank's picks, `batch_size` at a time, from `start_step` on.
+    def steps_from(self, start_row: int) -> int:
+        """Steps in which what is left of an epoch behind its first `start_row` rows is seen once."""
+        return -(-(self.num_rows - start_row) // (self.batch_size * self.world_size))
+
+    def epoch(self, epoch: int, *, start_row: int = 0) -> Iterator[list[Pick]]:
+        """This rank's picks, `batch_size` at a time, behind the first `start_row` rows of the epoch.
 
         Where the last step has too few rows left, the epoch's first ones come again, unsupervised; they go to all
         ranks in turn, but a rank may still have a batch without any supervised token.
         """
         order = torch.randperm(self.num_rows, generator=self._generator(epoch)).tolist()
         global_size = self.batch_size * self.world_size
-        for step in range(start_step, self.steps_per_epoch):
-            places = range(step * global_size + self.rank, (step + 1) * global_size, self.world_size)
+        for first in range(start_row, self.num_rows, global_size):
+            places = range(first + self.rank, first + global_size, self.world_size)
             yield [Pick(index=order[place % self.num_rows], supervised=place < self.num_rows) for place in places]
 
     def _generator(self, epoch: int) -> torch.Generator:
@@ -147,17 +151,17 @@ def batches(
     *,
     order: BatchOrder,
     epoch: int,
-    start_step: int = 0,
+    start_row: int = 0,
     pad_id: int,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yields this rank's batches of one epoch from `start_step` on, on the CPU.
+    """Yields this rank's batches of what is left of one epoch, on the CPU.
 
     Args:
         data: The same on all ranks.
         order: Made for as many rows as `data` has.
         epoch: Number of the epoch, from 0.
-        start_step: Steps of this epoch that a resumed run has already done.
+        start_row: Rows of this epoch that all ranks of a resumed run together have seen.
         pad_id: Any id of the vocabulary.
         num_workers: Processes that prepare batches ahead; 0 to prepare each when it is asked for.
     """
@@ -165,7 +169,7 @@ def batches(
     yield from DataLoader(
         _Batches(data, pad_id=pad_id),
         batch_size=None,
-        sampler=order.epoch(epoch, start_step=start_step),
+        sampler=order.epoch(epoch, start_row=start_row),
         num_workers=num_workers,
         # The loader draws a seed for its workers; from the global generator that would change a resumed run's numbers.
         generator=torch.Generator(),

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from eagle3.config import ParallelConfig
 from eagle3.errors import ConfigError
 from eagle3.stopping import ends_with_parent
+from tiepolicy_fsdp2 import fully_shard
 
 T = TypeVar("T")
 
@@ -91,6 +91,7 @@ class Ranks:
 
         Raises:
             ConfigError: If the processes do not make whole groups of `parallel.shard_size`.
+            ShardingError: If tied weights would not survive.
         """
         if self.world_size == 1:
             return module

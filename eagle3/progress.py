@@ -19,7 +19,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one line."""
-        self.setStream(sys.stderr)
+        self.stream = sys.stderr  # not setStream, which flushes the old one, and that may be closed
         super().emit(record)
 
 

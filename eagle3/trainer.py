@@ -20,7 +20,6 @@ from eagle3.checkpoint import (
 from eagle3.config import RunConfig, write_run_config
 from eagle3.data import Batch, BatchOrder, batches
 from eagle3.draft import Draft, draft_config
-from eagle3.errors import CheckpointError
 from eagle3.inputs import RunInputs, choose_vocab, open_inputs
 from eagle3.loss import Objective
 from eagle3.metrics import METRICS as METRICS
@@ -130,6 +129,7 @@ class _Run:
         with self.display:
             while progress.epoch < config.train.epochs and not self.watch.stops:
                 self._train_epoch()
+        self.checkpoints.finish()
         if self.watch.stops:
             self._say_stopped()
 
@@ -248,18 +248,6 @@ class _Run:
             seed=self.config.train.seed,
         )
 
-    def _first_batch(self) -> int:
-        """How many batches of the epoch under way were taken before."""
-        progress = self.state.progress
-        size = self.config.train.batch_size * self.ranks.world_size
-        if progress.num_seen % size:
-            raise CheckpointError(
-                f"The run stopped after {progress.num_seen} conversations of an epoch, which steps of {size} "
-                f"conversations (train.batch_size {self.config.train.batch_size} in {self.ranks.world_size} processes) "
-                "do not reach. Resume with a product that divides it, or from the end of an epoch."
-            )
-        return progress.num_seen // size
-
     def _steps_of_batches(self) -> Iterator[list[Batch]]:
         """The batches that are left of the epoch under way, as many at a time as a step takes."""
         taken = []
@@ -267,7 +255,7 @@ class _Run:
             self.data,
             order=self.order,
             epoch=self.state.progress.epoch,
-            start_step=self._first_batch(),
+            start_row=self.state.progress.num_seen,
             pad_id=0,
             num_workers=self.config.data.num_workers,
         ):
@@ -280,9 +268,10 @@ class _Run:
 
     def _steps_left(self) -> int:
         """Optimizer steps until all epochs are completed; each ends its epoch with whatever is left of it."""
-        per_step, per_epoch = self.config.train.accumulate, self.order.steps_per_epoch
-        later_epochs = self.config.train.epochs - self.state.progress.epoch - 1
-        return -(-(per_epoch - self._first_batch()) // per_step) + later_epochs * -(-per_epoch // per_step)
+        progress, per_step = self.state.progress, self.config.train.accumulate
+        of_this_epoch = -(-self.order.steps_from(progress.num_seen) // per_step)
+        of_others = -(-self.order.steps_per_epoch // per_step)
+        return of_this_epoch + (self.config.train.epochs - progress.epoch - 1) * of_others
 
     def _share_of_run(self, num_seen: int) -> float:
         """How much of the run's data was seen; the last step of an epoch may count some of it twice."""

@@ -45,7 +45,27 @@ def test_an_epoch_counts_every_example_once_over_all_ranks(layout, seed, epoch):
 def test_a_later_start_continues_the_same_epoch(layout, start_step):
     num_rows, batch_size, world_size = layout
     order = BatchOrder(num_rows, batch_size=batch_size, rank=0, world_size=world_size, seed=1)
-    assert list(order.epoch(2))[start_step:] == list(order.epoch(2, start_step=start_step))
+    start_row = start_step * batch_size * world_size
+    assert list(order.epoch(2))[start_step:] == list(order.epoch(2, start_row=start_row))
+
+
+@given(layouts(), st.integers(0, 40))
+def test_any_ranks_go_on_in_the_same_order_behind_any_row(layout, start_row):
+    num_rows, batch_size, world_size = layout
+    whole = [
+        pick.index
+        for picks in BatchOrder(num_rows, batch_size=1, rank=0, world_size=1, seed=3).epoch(1)
+        for pick in picks
+    ]
+    orders = [
+        BatchOrder(num_rows, batch_size=batch_size, rank=rank, world_size=world_size, seed=3)
+        for rank in range(world_size)
+    ]
+    steps = [list(order.epoch(1, start_row=start_row)) for order in orders]
+    assert {max(0, orders[0].steps_from(start_row))} == {len(own) for own in steps}
+    # A step deals its rows out to the ranks in turn.
+    dealt = [own[step][place] for step in range(len(steps[0])) for place in range(batch_size) for own in steps]
+    assert whole[start_row:] == [pick.index for pick in dealt if pick.supervised]
 
 
 @given(st.integers(1, 40))

@@ -55,6 +55,18 @@ def test_an_accumulated_run_resumes_to_the_last_bit(world, tmp_path):
     assert [True] * len(weights) == [torch.equal(weights[name], again[name]) for name in weights]
 
 
+def test_a_run_that_saves_in_the_background_keeps_the_same_bits(world, tmp_path):
+    """Each checkpoint is written while the next steps already move the weights it was copied from."""
+    for name, in_background in (("waits", False), ("goes on", True)):
+        config = config_of(world, tmp_path / name, every_steps=1, async_save=in_background, save_consolidated=True)
+        train(config, ALONE)
+    store = CheckpointStore(tmp_path / "goes on" / "checkpoints")
+    assert (10, "epoch_2_step_10") == (len(store.names()), store.resolve("LATEST").name)
+    for name in store.names():
+        expected, actual = weights_of(tmp_path / "waits", name), weights_of(tmp_path / "goes on", name)
+        assert [True] * len(expected) == [torch.equal(expected[key], actual[key]) for key in expected]
+
+
 def test_validation_measures_without_touching_the_run(world, validation, tmp_path):
     train(config_of(world, tmp_path / "without"), ALONE)
     train(config_of(world, tmp_path / "with", validation=validation, train={"validate_every": 2}), ALONE)

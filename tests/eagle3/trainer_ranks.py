@@ -20,7 +20,7 @@ RUNS = {
     "accumulated": {"epochs": 1, "train": {"accumulate": 2}},
     "accumulated-shard": {"epochs": 1, "kind": "shard", "train": {"accumulate": 2}},
     "whole": {"every_steps": 3},
-    "whole-shard": {"every_steps": 3, "kind": "shard"},
+    "whole-shard": {"every_steps": 3, "kind": "shard", "async_save": True},
 }
 
 
