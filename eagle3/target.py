@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle3.data import positions_of
 from eagle3.errors import ConfigError, TargetError
@@ -139,13 +139,30 @@ class FrozenTarget:
             return self._features(input_ids_BT, positions_of(documents_BT))
         return self._features_one_by_one(input_ids_BT, documents_BT)
 
-    def _features(self, input_ids_BT: torch.Tensor, positions_BT: torch.Tensor | None) -> Features:
+    @torch.no_grad()
+    def read_on(self, input_ids_BT: torch.Tensor, *, cache: Cache) -> Features:
+        """Runs the target on what stands behind the tokens in a cache.
+
+        Args:
+            input_ids_BT: int64 `(B, T)` on the target's device.
+            cache: Keys and values of the tokens before; those of these tokens are added.
+
+        Returns:
+            The features of the given tokens.
+        """
+        return self._features(input_ids_BT, None, cache=cache)
+
+    def _features(
+        self, input_ids_BT: torch.Tensor, positions_BT: torch.Tensor | None, *, cache: Cache | None = None
+    ) -> Features:
         width = self.head_VE.shape[1]
         aux_BTA = self.head_VE.new_empty(*input_ids_BT.shape, len(self.layer_ids) * width)
         # transformers takes positions that begin again for the sign of another document.
         positions = {} if positions_BT is None else {"position_ids": positions_BT}
         with self._capture_inputs(aux_BTA.split(width, dim=-1)):
-            hidden_BTE = self.decoder(input_ids=input_ids_BT, use_cache=False, **positions).last_hidden_state
+            hidden_BTE = self.decoder(
+                input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None, **positions
+            ).last_hidden_state
         return Features(aux_BTA=aux_BTA, hidden_BTE=hidden_BTE)
 
     def _features_one_by_one(self, input_ids_BT: torch.Tensor, documents_BT: torch.Tensor) -> Features:
