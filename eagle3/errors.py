@@ -27,3 +27,7 @@ class CheckpointError(Eagle3Error):
 
 class NumericsError(Eagle3Error):
     """A loss or a state of the target is no finite number."""
+
+
+class ExportError(Eagle3Error):
+    """What was exported is not the draft."""

@@ -164,7 +164,7 @@ def write_with_draft(
         At most `max_new_tokens` tokens, the last of which may be a stop token.
     """
     reader = _TargetReader(target)
-    chain = _DraftChain(draft, capacity=len(prompt_ids) + limits.max_new_tokens + limits.num_drafted)
+    chain = DraftChain(draft, capacity=len(prompt_ids) + limits.max_new_tokens + limits.num_drafted)
     aux_RA, logits_RV = reader.read(prompt_ids, num_logits=1)
     _, token = rule.judge((), logits_RV)
     written, drafted, accepted = [token], [], []
@@ -207,7 +207,7 @@ class _TargetReader:
             self.cache.crop(-num_tokens)
 
 
-class _DraftChain:
+class DraftChain:
     """The draft with its cache: one row for each known token, behind them the rows of the chain under way."""
 
     def __init__(self, draft: Draft, *, capacity: int) -> None:

@@ -61,7 +61,7 @@ class FrozenTarget:
         self.decoder_layers = _find_layers(self.decoder, num_layers=self.config.num_hidden_layers)
         self.layer_ids = _choose_layers(len(self.decoder_layers), layers=layers)
         embedding: Any = model.get_input_embeddings()
-        self.embedding_VE: torch.Tensor = embedding.weight
+        self.embedding_VE: nn.Parameter = embedding.weight
         self.vocab_size: int = self.embedding_VE.shape[0]
         if len(tokenizer) > self.vocab_size:
             raise TargetError(

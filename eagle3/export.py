@@ -1,0 +1,271 @@
+"""Step 21: writes the folder that serving engines load, and publishes it only if it reads back as the draft.
+
+Two formats. `plain` is what vLLM (`model_executor/models/llama_eagle3.py`) and SGLang (`srt/models/llama_eagle3.py`)
+load as `LlamaForCausalLMEagle3`; `speculators` is what vLLM and the library of that name load (speculators 0.9,
+`models/eagle3/config.py`).
+"""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eagle3.draft import Draft
+from eagle3.errors import ConfigError, ExportError
+from eagle3.finished import TrainedDraft, open_run
+from eagle3.reread import ExportedDraft
+from eagle3.speculate import DraftChain, Greedy
+
+#: The release whose format `speculators` folders have.
+SPECULATORS_VERSION = "0.9.0"
+
+# Of the larger of two logits: what float64 leaves of other orders of addition, and far less than bfloat16's 2 ** -8.
+_TOLERANCE = 1e-6
+
+Format = Literal["plain", "speculators"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What to export.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to make; it must not exist.
+        format: `plain` for vLLM and SGLang, `speculators` for vLLM and the library of that name.
+        checkpoint: `LATEST` for the end of a finished run; or `BEST`, a checkpoint's name or a path, of any run.
+        target: Folder of the target, if it lies elsewhere than when the run was started.
+    """
+
+    run: str
+    out: str
+    format: Format = "plain"
+    checkpoint: str = "LATEST"
+    target: str | None = None
+
+
+def run_export(config: ExportConfig) -> None:
+    """Export the draft of a run.
+
+    Raises:
+        ConfigError: The folder exists, or the run is not finished and no checkpoint of it was chosen.
+        Eagle3Error: The run or its target cannot be used, or what was written does not read back as the draft.
+        TiePolicyError: The checkpoint is missing or damaged.
+    """
+    trained = open_run(config.run, checkpoint=config.checkpoint, target=config.target)
+    epochs = trained.config.train.epochs
+    if config.checkpoint == "LATEST" and trained.epochs_completed < epochs:
+        raise ConfigError(
+            f"The run {config.run} is not finished: its last checkpoint, {trained.checkpoint.name}, was written when "
+            f"{trained.epochs_completed} of {epochs} epochs were completed. Finish it with "
+            f"--checkpoint.restore_from LATEST, or export it as it is with --checkpoint {trained.checkpoint.name}."
+        )
+    export(trained, Path(config.out), kind=config.format)
+    Console().print(f"Exported {trained.checkpoint} to {config.out} ({config.format}); read back with equal logits.")
+
+
+def export(trained: TrainedDraft, out: Path, *, kind: Format) -> None:
+    """Writes the folder under another name, reads it back, and renames it: it is whole or absent.
+
+    Args:
+        trained: Weights are rounded to bfloat16 on their way into the file; the draft itself stays as it is.
+        out: Must not exist.
+        kind: Of the folder.
+
+    Raises:
+        ConfigError: `out` exists, or the format has no room for this draft.
+        ExportError: What was written does not read back as the draft.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already; choose another --out, or delete it.")
+    config = _CONFIGS[kind](trained)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished.", dir=out.parent))
+    try:
+        save_file(_tensors(trained.draft, kind=kind), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _read_back(folder, trained)
+        _flush(folder)
+        folder.chmod(0o755)  # a temporary folder is its maker's alone
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def plain_config(trained: TrainedDraft) -> dict[str, Any]:
+    """The `config.json` of a folder that vLLM and SGLang load."""
+    draft: Any = trained.draft.config
+    layers = list(trained.target.layer_ids)
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **_layer_config(trained),
+        "draft_vocab_size": draft.draft_vocab_size,
+        "target_hidden_size": draft.target_hidden_size,
+        # A head over other rows than the embedding's is never the embedding, whatever the target's own config says.
+        "tie_word_embeddings": False,
+        **_norms(draft),
+        # vLLM reads this key first and takes an id for the layer whose input is meant; SGLang reads the other one, and
+        # takes the layer whose output is meant, which is one lower.
+        "eagle_aux_hidden_state_layer_ids": layers,
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in layers],
+        },
+    }
+
+
+def speculators_config(trained: TrainedDraft) -> dict[str, Any]:
+    """The `config.json` of a folder in the format of the speculators library.
+
+    Raises:
+        ConfigError: The draft is of another width than its target, which that library cannot load.
+    """
+    draft: Any = trained.draft.config
+    if draft.hidden_size != draft.target_hidden_size:
+        raise ConfigError(
+            f"The draft is {draft.hidden_size} wide and its target {draft.target_hidden_size}, but the speculators "
+            "format has one width for both. Export it with --format plain."
+        )
+    target_config = trained.target.model.config
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "torch_dtype": "bfloat16",
+        "draft_vocab_size": draft.draft_vocab_size,
+        "target_hidden_size": draft.target_hidden_size,
+        "tie_word_embeddings": False,
+        **_norms(draft),
+        "embed_requires_grad": False,
+        "eagle_aux_hidden_state_layer_ids": list(trained.target.layer_ids),
+        "transformer_layer_config": _layer_config(trained),
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": trained.config.unroll.steps,
+                    "verifier_accept_k": 1,
+                    "accept_tolerance": 0.0,
+                }
+            ],
+            "verifier": {
+                "name_or_path": trained.target_folder,
+                "architectures": list(target_config.architectures or []),
+            },
+        },
+    }
+
+
+_CONFIGS = {"plain": plain_config, "speculators": speculators_config}
+
+
+def _layer_config(trained: TrainedDraft) -> dict[str, Any]:
+    """The fields of a Llama of one layer. Older readers know the rope by two fields, newer ones by one: all three."""
+    draft: Any = trained.draft.config
+    rope = copy.deepcopy(dict(draft.rope_parameters))
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    fields = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "hidden_act", "rms_norm_eps", "max_position_embeddings", "vocab_size", "initializer_range"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+    return {
+        "model_type": "llama",
+        **{field: getattr(draft, field) for field in fields},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _norms(draft: Any) -> dict[str, bool]:
+    # All of them, also the false ones: readers differ in what they take a missing one for.
+    return {
+        name: bool(getattr(draft, name))
+        for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    }
+
+
+def _tensors(draft: Draft, *, kind: Format) -> dict[str, Tensor]:
+    """What the file holds, on the CPU: weights in bfloat16, the vocabulary as it is."""
+    config: Any = draft.config
+    left_out = set()
+    if config.draft_vocab_size == config.vocab_size:
+        # Draft ids and target ids are the same. The head is written all the same: it was trained.
+        left_out |= {"d2t", "t2d"}
+    if kind == "plain" and config.hidden_size == config.target_hidden_size:
+        # Engines take the target's.
+        left_out.add("embed_tokens.weight")
+    # The one name of the layer that all versions of both engines know, and the one of the library.
+    layer = "midlayer." if kind == "plain" else "layers.0."
+    return {
+        name.replace("midlayer.", layer): _as_stored(tensor)
+        for name, tensor in draft.state_dict().items()
+        if name not in left_out
+    }
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def _read_back(folder: Path, trained: TrainedDraft) -> None:
+    """Compares the logits of a chain with those of the draft, whose weights are rounded as in the file."""
+    config: Any = trained.draft.config
+    draft = copy.deepcopy(trained.draft).cpu().to(torch.bfloat16).double()
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(config.vocab_size, (12,), generator=generator).tolist()
+    aux_TA = torch.randn(12, 3 * config.target_hidden_size, generator=generator, dtype=torch.float64)
+    expected = _Recorder()
+    with torch.inference_mode():
+        chain = DraftChain(draft, capacity=16)
+        chain.propose(token_ids, aux_TA, rule=expected, num_tokens=4, stop_ids=frozenset())
+        embedding_VH = draft.embed_tokens.weight
+        actual = ExportedDraft(folder, target_embedding_VH=embedding_VH).chain_logits(token_ids, aux_TA, num_steps=4)
+    expected_SD = torch.stack(expected.logits)
+    difference = float((expected_SD - actual).abs().max() / expected_SD.abs().max())
+    # Written so that NaN fails.
+    if not difference <= _TOLERANCE:
+        raise ExportError(
+            f"What was written for {trained.checkpoint} does not read back as the draft: logits differ by "
+            f"{difference:.3g} of the largest one, allowed are {_TOLERANCE:g}. Nothing was exported. The weights may "
+            "hold NaN, or numbers that bfloat16 cannot hold; look at the run's loss."
+        )
+
+
+class _Recorder(Greedy):
+    """Drafts greedily and keeps the logits."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def propose(self, logits_D: Tensor) -> tuple[int, None]:
+        self.logits.append(logits_D)
+        return super().propose(logits_D)
+
+
+def _flush(folder: Path) -> None:
+    """Puts the files on disk before the folder gets its name."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,89 @@
+"""Step 18: opens what a run left: its settings, the draft of one checkpoint, and the target it was made for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eagle3.checkpoint import RunCheckpoints, read_draft_config
+from eagle3.config import RunConfig, read_run_config
+from eagle3.draft import Draft
+from eagle3.errors import TargetError
+from eagle3.parallel import Ranks
+from eagle3.target import FrozenTarget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedDraft:
+    """A draft as a checkpoint holds it, beside its target.
+
+    Attributes:
+        config: The settings of its run.
+        checkpoint: Folder of the checkpoint.
+        epochs_completed: When it was written.
+        draft: In float32, in eval mode, with an embedding of its own.
+        target: In the run's dtype, on the same device.
+        target_folder: Where the target was loaded from.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    epochs_completed: int
+    draft: Draft
+    target: FrozenTarget
+    target_folder: str
+
+
+def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> TrainedDraft:
+    """Loads a draft and its target onto the GPU, or without one onto the CPU.
+
+    Args:
+        run: Folder of the run.
+        checkpoint: `LATEST`, `BEST`, a name, or a path.
+        target: Folder of the target, if it lies elsewhere than when the run was started.
+
+    Raises:
+        ConfigError: The folder holds no run.
+        TargetError: The target is missing, or is not the one that the draft was trained for.
+        TiePolicyError: There is no such checkpoint, or it is damaged.
+    """
+    config, shape = read_run_config(run), read_draft_config(Path(run))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    store = RunCheckpoints(run, Ranks(rank=0, world_size=1, device=device)).store
+    folder = store.resolve(checkpoint)
+    target_folder = target or config.target.model
+    loaded = FrozenTarget.load(
+        target_folder,
+        dtype=getattr(torch, config.target.dtype),
+        device=device,
+        layers=shape.eagle_aux_hidden_state_layer_ids,
+    )
+    sizes = (shape.vocab_size, shape.target_hidden_size)
+    if tuple(loaded.embedding_VE.shape) != sizes:
+        raise TargetError(
+            f"The draft of {run} was trained for a target with an embedding of shape {sizes}, but that of "
+            f"{target_folder} has {tuple(loaded.embedding_VE.shape)}. Give the target that the run was started with."
+        )
+    draft = Draft(shape).to(device).eval()
+    extra = store.load(folder, model=draft).extra
+    _check_embedding(draft, loaded, run=run, target_folder=target_folder)
+    return TrainedDraft(
+        config=config,
+        checkpoint=folder,
+        epochs_completed=extra["progress"]["epoch"],
+        draft=draft,
+        target=loaded,
+        target_folder=str(target_folder),
+    )
+
+
+def _check_embedding(draft: Draft, target: FrozenTarget, *, run: str | Path, target_folder: str) -> None:
+    if draft.config.hidden_size != draft.config.target_hidden_size:
+        return
+    theirs_VE = target.embedding_VE
+    if not torch.equal(draft.embed_tokens.weight.to(theirs_VE.dtype), theirs_VE):
+        raise TargetError(
+            f"The embedding of the target {target_folder} is not the one that the draft of {run} was trained with, "
+            "though it has the same shape: the target was changed since, or is another one. Give the target that the "
+            "run was started with."
+        )
