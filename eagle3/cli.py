@@ -1,11 +1,13 @@
 """Step 21: the command line."""
 
 import difflib
+import itertools
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -14,9 +16,12 @@ from transformers.utils import logging as transformers_logging
 from eagle3.config import RunConfig
 from eagle3.demo import DemoConfig, run_demo
 from eagle3.errors import ConfigError, Eagle3Error
+from eagle3.evaluate import EvaluateConfig, run_evaluate
+from eagle3.export import ExportConfig, run_export
 from eagle3.options import add_settings, read_settings
 from eagle3.parallel import Ranks, joined
 from eagle3.progress import StderrHandler
+from eagle3.report import ReportConfig, run_report
 from eagle3.trainer import train
 from tiepolicy.errors import TiePolicyError
 
@@ -30,6 +35,8 @@ class Command:
     help: str
     settings: type
     run: Callable[[Any], int]
+    #: The setting that is given without its name, in front of the options; a list takes all that stands there.
+    unnamed: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         command = _choose(arguments)
-        return command.run(read_settings(command.settings, arguments[1:]))
+        return command.run(read_settings(command.settings, _named(command, arguments[1:])))
     except (Eagle3Error, TiePolicyError) as error:
         return _report(error)
 
@@ -62,8 +69,33 @@ def _train(config: RunConfig) -> int:
     return 0
 
 
+def _named(command: Command, arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--NAME` before what was given without it."""
+    values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if command.unnamed is None or not values:
+        return list(arguments)
+    takes_all = get_origin(get_type_hints(command.settings)[command.unnamed]) is list
+    value = json.dumps(values) if takes_all else values[0]
+    return [f"--{command.unnamed}={value}", *arguments[len(values) if takes_all else 1 :]]
+
+
 def _demo(config: DemoConfig) -> int:
     run_demo(config)
+    return 0
+
+
+def _evaluate(config: EvaluateConfig) -> int:
+    run_evaluate(config)
+    return 0
+
+
+def _export(config: ExportConfig) -> int:
+    run_export(config)
+    return 0
+
+
+def _draw(config: ReportConfig) -> int:
+    run_report(config)
     return 0
 
 
@@ -71,6 +103,16 @@ def _demo(config: DemoConfig) -> int:
 COMMANDS = {
     "demo": Command(help="All of it in a few minutes on a CPU.", settings=DemoConfig, run=_demo),
     "train": Command(help="Train a draft, or go on with a run. Works under torchrun.", settings=RunConfig, run=_train),
+    "evaluate": Command(
+        help="RUN: decode with a draft and measure what it brings.",
+        settings=EvaluateConfig,
+        run=_evaluate,
+        unnamed="run",
+    ),
+    "export": Command(
+        help="RUN: write the folder that serving engines load.", settings=ExportConfig, run=_export, unnamed="run"
+    ),
+    "report": Command(help="RUN [RUN ...]: draw what runs measured.", settings=ReportConfig, run=_draw, unnamed="runs"),
 }
 
 

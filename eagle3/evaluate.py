@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig
 
-from eagle3.data import load_conversations
+from eagle3.conversations import load_conversations
 from eagle3.draft import Draft
 from eagle3.errors import ConfigError, DataError
 from eagle3.finished import TrainedDraft, open_run
@@ -65,9 +65,9 @@ class Decoding:
     """Many answers written with the draft, beside as many of the target alone.
 
     Attributes:
-        accept_length: Drafted tokens that stand, on average over the passes for which any were drafted; from 0 to
-            `num_drafted`.
-        by_depth: For each place of a chain, the share of chains that reach so far and stand up to there.
+        accept_length: Drafted tokens of a whole chain that stand on average, from 0 to `num_drafted`: the sum of
+            `by_depth`, as in training. The last chains of answers are shorter and count where they reach.
+        by_depth: For each place of a chain, the share of the chains that reach so far which stand up to there.
         tokens_per_pass: New tokens for each pass of the target, the passes over prompts included.
         num_tokens: New tokens in all.
         tokens_per_second: With the draft.
@@ -272,13 +272,14 @@ def _rate(timed: _Timed, count: Callable[[Any], int]) -> float:
 
 def _decoding(timed: _Timed, alone: float, num_drafted: int) -> Decoding:
     written: list[Written] = timed.results
-    chains = [chain for text in written for chain in zip(text.drafted, text.accepted, strict=True) if chain[0] > 0]
+    chains = [chain for text in written for chain in zip(text.drafted, text.accepted, strict=True)]
     num_tokens = sum(len(text.ids) for text in written)
     reached = [sum(drafted > depth for drafted, _ in chains) for depth in range(num_drafted)]
     stood = [sum(accepted > depth for _, accepted in chains) for depth in range(num_drafted)]
+    by_depth = _shares(stood, reached)
     return Decoding(
-        accept_length=sum(accepted for _, accepted in chains) / max(1, len(chains)),
-        by_depth=_shares(stood, reached),
+        accept_length=sum(by_depth),
+        by_depth=by_depth,
         tokens_per_pass=num_tokens / sum(text.num_passes for text in written),
         num_tokens=num_tokens,
         tokens_per_second=num_tokens / timed.seconds,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from eagle3.checkpoint import RunCheckpoints, read_draft_config
+from eagle3.checkpoint import RunCheckpoints, read_draft_config, target_digest
 from eagle3.config import RunConfig, read_run_config
 from eagle3.draft import Draft
 from eagle3.errors import TargetError
@@ -66,7 +66,12 @@ def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> 
         )
     draft = Draft(shape).to(device).eval()
     extra = store.load(folder, model=draft).extra
-    _check_embedding(draft, loaded, run=run, target_folder=target_folder)
+    if extra["target_digest"] != target_digest(loaded):
+        raise TargetError(
+            f"The target {target_folder} is not the one that the draft of {run} was trained for, though its embedding "
+            "has the same shape: its embedding or its head holds other numbers. Give the target that the run was "
+            "started with."
+        )
     return TrainedDraft(
         config=config,
         checkpoint=folder,
@@ -75,15 +80,3 @@ def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> 
         target=loaded,
         target_folder=str(target_folder),
     )
-
-
-def _check_embedding(draft: Draft, target: FrozenTarget, *, run: str | Path, target_folder: str) -> None:
-    if draft.config.hidden_size != draft.config.target_hidden_size:
-        return
-    theirs_VE = target.embedding_VE
-    if not torch.equal(draft.embed_tokens.weight.to(theirs_VE.dtype), theirs_VE):
-        raise TargetError(
-            f"The embedding of the target {target_folder} is not the one that the draft of {run} was trained with, "
-            "though it has the same shape: the target was changed since, or is another one. Give the target that the "
-            "run was started with."
-        )

@@ -124,6 +124,8 @@ class _Run:
             *(config.train.epochs, self.order.steps_per_epoch, self.num_steps),
             *(-(-config.train.warmup_ratio * self.num_steps // 1), config.train.lr, self.ranks.world_size),
         )
+        if self.ranks.is_first:
+            write_run_config(config.out, config)
         self.metrics.open(step=progress.step)
         self.sums = Sums(config.unroll.steps, self.ranks)
         with self.display:
@@ -236,7 +238,6 @@ class _Run:
         draft.init_from_target_(embedding_VE=target.embedding_VE, head_VE=target.head_VE, draft_ids_D=vocab.ids_D)
         if self.ranks.is_first:
             write_draft_config(out, config)
-            write_run_config(out, self.config)
         return draft
 
     def _order_of(self, data: EncodedData) -> BatchOrder:

@@ -5,7 +5,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from eagle3.config import DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
 from eagle3.embedded import write_embedded_conversations, write_embedded_target
+from eagle3.parallel import Ranks
+from eagle3.trainer import train
 
 
 def make_world(folder: Path, *, num_conversations: int) -> tuple[Path, Path]:
@@ -34,3 +37,17 @@ def make_target(
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
+
+
+def make_run(out: Path, target: Path, conversations: Path, *, draft: DraftConfig, **settings) -> RunConfig:
+    """A finished run of one epoch over what there is, in this process; its settings."""
+    config = RunConfig(
+        out=str(out),
+        target=TargetConfig(model=str(target)),
+        data=DataConfig(train=str(conversations), max_length=48),
+        draft=draft,
+        unroll=UnrollConfig(steps=3),
+        **({"train": TrainConfig(epochs=1, batch_size=4, lr=1e-2)} | settings),
+    )
+    train(config, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    return config

@@ -29,7 +29,7 @@ FLOW = {
     "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel _pipeline __init__",
     "eagle3": """errors config options files conversations packing tokens features data vocab target inputs teacher
         draft attention loss unroll stopping parallel optimizer metrics progress checkpoint step trainer embedded
-        speculate finished evaluate reread export
+        speculate finished evaluate reread export report
         demo cli __main__ __init__""",
 }
 
