@@ -151,6 +151,7 @@ def _draw(runs: Sequence[RunRecord], path: Path) -> None:
     for ax, panel in zip(axes.flat, panels, strict=True):
         panel(ax, runs)
         ax.grid(alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize=8)
