@@ -1,4 +1,4 @@
-"""Step 5, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
+"""Step 6, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
 import io
 import warnings
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from tiepolicy import ChunkedTensor, TensorSpec, read_sharded_metadata
+from tiepolicy_dcp._archives import ArchiveReader
 from tiepolicy_dcp._ranks import is_distributed
 from tiepolicy_dcp.errors import CheckpointError, UntrustedCheckpointError
 
@@ -96,7 +97,7 @@ def read_tensors(stored: StoredTensors, targets: Mapping[str, tuple[str, torch.T
         raise CheckpointError(f"{stored.folder} could not be read: {type(cause).__name__}: {cause}") from error
 
 
-class _SafeReader(FileSystemReader):
+class _SafeReader(ArchiveReader):
     """DCP's reader of a local folder, for checkpoints of unknown origin."""
 
     def __init__(self, stored: StoredTensors, sources: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Step 10, saving: plan, agree, write, flush, publish."""
+"""Step 11, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

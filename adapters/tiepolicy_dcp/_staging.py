@@ -1,4 +1,4 @@
-"""Step 16, staging: copies of live tensors in memory that is kept between saves, so that training may go on."""
+"""Step 17, staging: copies of live tensors in memory that is kept between saves, so that training may go on."""
 
 import mmap
 import os
@@ -69,6 +69,7 @@ class SharedStaging(Staging):
         if not hasattr(os, "memfd_create"):
             raise CheckpointError('saving in another process needs Linux; use worker="thread"')
         self.descriptor = os.memfd_create("tiepolicy staging")
+        self._mapped = memoryview(bytearray())
 
     def close(self) -> None:
         """Give the memory back, once no copy is in use."""
@@ -77,7 +78,8 @@ class SharedStaging(Staging):
     def _reserve(self, num_bytes: int, *, pinned: bool) -> memoryview:  # noqa: ARG002 - a mapped file is never pinned
         if os.fstat(self.descriptor).st_size < num_bytes:
             os.ftruncate(self.descriptor, num_bytes)
-        return mapped(self.descriptor)
+            self._mapped = mapped(self.descriptor)  # a mapping that is kept has its pages already
+        return self._mapped
 
 
 def mapped(descriptor: int) -> memoryview:

@@ -53,6 +53,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, writer)
     assert (["ours", "theirs"], False) == (store.names(), left.exists())
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_all_ranks_of_a_second_run_are_refused_with_one_sentence(tmp_path, writer):
     script = tmp_path / "second.py"
@@ -70,6 +71,7 @@ def test_all_ranks_of_a_second_run_are_refused_with_one_sentence(tmp_path, write
     assert ["theirs"] == CheckpointStore(tmp_path).names()
 
 
+@pytest.mark.slow
 def test_a_closed_store_lets_another_process_write(tmp_path):
     with CheckpointStore(tmp_path) as store:
         store.save("ours", model=TiedPair())

@@ -1,0 +1,380 @@
+"""python benchmarks/bench_checkpoint.py --out checkpoint.json.
+
+How many bytes, seconds and megabytes of memory does a checkpoint of a tied and of an untied model take? `tiepolicy_dcp`
+beside the tools that save the same model. Each round runs every tool once, in turn, so that a busy moment of the
+machine hits all of them; each operation runs in a process of its own, forked from one that holds the model. Saves end
+when the disk has everything. Loads fill a model that is there already, with the files in memory ("warm") or not
+("cold"). Two ranks under torchrun save and load the model as FSDP2 shards it. `--size 0.02` tries it quickly.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tiepolicy
+import tiepolicy_dcp
+
+Row = dict[str, Any]
+HEAD = "lm_head.weight"
+
+
+def llama(*, tied: bool, size: float) -> LlamaForCausalLM:
+    """A model of about `size` GB in bfloat16, half of which is the embedding (with the head)."""
+    vocab_size = round(128_256 * size / 0.5) // (1 if tied else 2)
+    layer = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2048}
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=1024,
+        num_hidden_layers=10 if size >= 0.2 else 1,
+        tie_word_embeddings=tied,
+        **layer,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.rand(()).bfloat16()).add_(torch.arange(parameter.shape[-1]).bfloat16())
+    return model.requires_grad_(requires_grad=False)
+
+
+def unique_bytes(model: nn.Module) -> int:
+    """What has to be written."""
+    return sum(tensor.nbytes for tensor in tiepolicy.plan(model).compact(dict(model.state_dict())).values())
+
+
+def flushed(folder: Path) -> None:
+    """Wait for the disk, for tools that do not."""
+    for path in [folder] if folder.is_file() else folder.rglob("*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def popped(model: nn.Module) -> dict[str, Any]:
+    """The state without the alias, as one writes it by hand."""
+    state = get_model_state_dict(model)
+    if model.config.tie_word_embeddings:
+        del state[HEAD]
+    return {"model": state}
+
+
+def save_safetensors(model: nn.Module, folder: Path) -> None:
+    """One file, aliases dropped."""
+    folder.mkdir()
+    save_model(model, str(folder / "model.safetensors"))
+    flushed(folder)
+
+
+def save_transformers(model: nn.Module, folder: Path) -> None:
+    """The folder that `from_pretrained` reads."""
+    model.save_pretrained(folder)
+    flushed(folder)
+
+
+def save_torch(model: nn.Module, folder: Path) -> None:
+    """One file, aliases kept by storage."""
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "model.pt")
+    flushed(folder)
+
+
+def save_dcp(model: nn.Module, folder: Path) -> None:
+    """Both names, as the documentation of DCP has it."""
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
+
+
+def load_dcp(model: nn.Module, folder: Path) -> None:
+    """The same the other way."""
+    dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=folder)
+
+
+def load_torch(model: nn.Module, folder: Path) -> None:
+    """Through a second copy in memory."""
+    model.load_state_dict(torch.load(folder / "model.pt"))
+
+
+Save = Callable[[Any, Path], object]
+#: How each tool saves, and its ways to load.
+TOOLS: dict[str, tuple[Save, dict[str, Save]]] = {
+    "tiepolicy_dcp": (
+        lambda model, folder: tiepolicy_dcp.save(folder, model=model),
+        {
+            "load": lambda model, folder: tiepolicy_dcp.load(folder, model=model),
+            "load, verify=off": lambda model, folder: tiepolicy_dcp.load(folder, model=model, verify="off"),
+        },
+    ),
+    "dcp, alias popped": (
+        lambda model, folder: dcp.save(popped(model), checkpoint_id=folder),
+        {"load": lambda model, folder: dcp.load(popped(model), checkpoint_id=folder)},
+    ),
+    "dcp": (save_dcp, {"load": load_dcp}),
+    "safetensors save_model": (
+        save_safetensors,
+        {"load": lambda model, folder: load_model(model, str(folder / "model.safetensors"))},
+    ),
+    "transformers": (save_transformers, {}),
+    "torch.save": (save_torch, {"load": load_torch}),
+}
+BASELINE, OURS = "dcp, alias popped", "tiepolicy_dcp"
+RANKED_TOOLS = (OURS, BASELINE, "dcp")
+
+
+def peak_reset() -> int:
+    """Start a new measurement of this process's peak memory; bytes in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Bytes of memory of this process: in use (VmRSS) or at most since the reset (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measured(step: Callable[[], object]) -> Row:
+    """Seconds and extra peak memory of one operation."""
+    before = peak_reset()
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "extra_mb": (resident("VmHWM") - before) / 1e6}
+
+
+def forked(step: Callable[[], Any]) -> Any:
+    """What a step returns in a process forked for it."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def child() -> None:
+        warnings.simplefilter("ignore")
+        send.send(step())
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    result = receive.recv()
+    process.join()
+    return result
+
+
+def forget(folder: Path) -> None:
+    """Have the next read come from the disk."""
+    for path in folder.rglob("*"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def one_round(model: nn.Module, folder: Path) -> list[Row]:
+    """Every tool saves once and loads cold and warm."""
+    rows = []
+    for tool, (save, loads) in TOOLS.items():
+        target = folder / "c"
+        row = forked(lambda save=save, target=target: measured(lambda: save(model, target)))
+        size = sum(path.stat().st_size for path in target.rglob("*"))
+        rows.append({"tool": tool, "operation": "save", "bytes": size, **row})
+        for operation, load in loads.items():
+            for state in ("cold", "warm"):
+                if state == "cold":
+                    forget(target)
+                row = forked(lambda load=load, target=target: measured_load(model, load, target))
+                rows.append({"tool": tool, "operation": f"{operation} {state}", **row})
+        shutil.rmtree(target)
+    return rows
+
+
+def measured_load(model: nn.Module, load: Save, folder: Path) -> Row:
+    """Fill a model whose memory is this process's own; what was loaded is compared."""
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != HEAD}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    row = measured(lambda: load(model, folder))
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.items())
+    return row
+
+
+def measured_async(model: nn.Module, folder: Path, worker: Any) -> list[Row]:
+    """How long `async_save` keeps its caller, for the first save and for later ones, beside one copy in memory."""
+    state = tiepolicy.plan(model).compact(dict(model.state_dict()))
+    rows = []
+    with tiepolicy_dcp.CheckpointStore(folder / "run") as store:
+        for number in range(4):
+            start = time.perf_counter()
+            copies = [tensor.clone() for tensor in state.values()]
+            clone = time.perf_counter() - start
+            del copies
+            row = measured(lambda number=number: store.async_save(f"step_{number}", model=model, worker=worker))
+            start = time.perf_counter()
+            store.wait()
+            total = row["seconds"] + time.perf_counter() - start
+            kind = "first" if number == 0 else "later"
+            rows.append({"tool": f"async_save, {worker}", "operation": kind, "clone": clone, "total": total, **row})
+    shutil.rmtree(folder / "run")
+    return rows
+
+
+def measured_digest(model: nn.Module) -> Row:
+    """The digest of what is saved, alone."""
+    tensors = tiepolicy.plan(model).compact(dict(model.state_dict())).values()
+    return measured(lambda: [xxhash.xxh3_128(tensor.view(torch.uint8).numpy()) for tensor in tensors])
+
+
+def on_ranks(folder: Path, *, tied: bool, size: float, num_rounds: int) -> list[Row]:
+    """The same in two processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    options = ["--ranked", str(folder), "--tied", str(int(tied)), "--size", str(size), "--rounds", str(num_rounds)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *options], env=environment, check=True)
+    rows: list[Row] = json.loads((folder / "rows.json").read_text())
+    return rows
+
+
+def as_rank(folder: Path, *, tied: bool, size: float, num_rounds: int) -> None:
+    """What each of the two processes does; rank 0 writes the rows. Seconds and memory are the larger of both."""
+    dist.init_process_group("gloo")
+    warnings.simplefilter("ignore")
+    model = fully_shard(llama(tied=tied, size=size), mesh=init_device_mesh("cpu", (2,)))
+    rows = []
+    for _ in range(num_rounds):
+        for tool in RANKED_TOOLS:
+            save, loads = TOOLS[tool]
+            steps = {"save": save, **{f"{name} warm": load for name, load in loads.items()}}
+            for operation, step in steps.items():
+                dist.barrier()
+                found = measured(lambda step=step: (step(model, folder / "c"), dist.barrier()))
+                both: list[Any] = [None, None]
+                dist.all_gather_object(both, found)
+                rows.append({"tool": tool, "operation": operation, **{key: max(b[key] for b in both) for key in found}})
+            if dist.get_rank() == 0:
+                rows[-len(steps)]["bytes"] = sum(path.stat().st_size for path in (folder / "c").rglob("*"))
+                shutil.rmtree(folder / "c")
+            dist.barrier()
+    if dist.get_rank() == 0:
+        (folder / "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process that shuts down
+
+
+def summary(case: str, rounds: list[list[Row]], unique: int) -> list[Row]:
+    """Medians over rounds, and the median of each round's ratio to plain DCP on the same bytes."""
+    found = []
+    for index, first in enumerate(rounds[0]):
+        runs = [rows[index] for rows in rounds]
+        row: Row = {"case": case, "tool": first["tool"], "operation": first["operation"], "rounds": len(runs)}
+        for key in ("seconds", "extra_mb", "clone", "total"):
+            if key in first:
+                row[key] = statistics.median(run[key] for run in runs)
+        row["seconds_min"], row["seconds_max"] = (f(run["seconds"] for run in runs) for f in (min, max))
+        if "bytes" in first:
+            row["bytes_over_unique"] = first["bytes"] / unique
+        if "clone" in first:
+            row["over_clone"] = statistics.median(run["seconds"] / run["clone"] for run in runs)
+        same = [_baseline(rows, first["operation"]) for rows in rounds]
+        if None not in same:
+            row["over_dcp"] = statistics.median(run["seconds"] / base for run, base in zip(runs, same, strict=True))
+            row["over_dcp_min"] = row["seconds_min"] / min(same)
+        found.append(row)
+    return found
+
+
+def _baseline(rows: Iterable[Row], operation: str) -> float | None:
+    wanted = operation.replace(", verify=off", "")
+    return next((row["seconds"] for row in rows if (row["tool"], row["operation"]) == (BASELINE, wanted)), None)
+
+
+def table(rows: list[Row]) -> str:
+    """One line per tool and operation; `/dcp` compares with plain DCP on the same bytes, `/clone` with one copy."""
+    names = f"{'case':16} {'tool':24} {'operation':22} {'bytes':>7} {'s':>7} {'min..max':>14} {'MB':>6}"
+    lines = [f"{names} {'/dcp':>5} {'/min':>5} {'/clone':>6}"]
+    for row in rows:
+        spread = f"{row['seconds_min']:.3f}..{row['seconds_max']:.3f}"
+        ends = [f"{row[key]:.2f}" if key in row else "" for key in ("over_dcp", "over_dcp_min", "over_clone")]
+        size = f"{row['bytes_over_unique']:.3f}" if "bytes_over_unique" in row else ""
+        lines.append(
+            f"{row['case']:16} {row['tool']:24} {row['operation']:22} {size:>7} {row['seconds']:7.3f} {spread:>14} "
+            f"{row['extra_mb']:6.0f} {ends[0]:>5} {ends[1]:>5} {ends[2]:>6}"
+        )
+    return "\n".join(lines)
+
+
+def run_case(folder: Path, *, tied: bool, size: float, num_rounds: int) -> list[Row]:
+    """All of one model."""
+    name = "tied" if tied else "untied"
+    model = llama(tied=tied, size=size)
+    unique = unique_bytes(model)
+    one_round(model, folder)  # warms up
+    rows = summary(name, [one_round(model, folder) for _ in range(num_rounds)], unique)
+    for worker in ("thread", "process"):
+        saves = forked(lambda worker=worker: measured_async(model, folder, worker))
+        rows += summary(name, [[saves[0]]], unique) + summary(name, [[row] for row in saves[1:]], unique)
+    digests = [[{"tool": "xxh3_128 alone", "operation": "digest", **measured_digest(model)}] for _ in range(num_rounds)]
+    rows += summary(name, digests, unique)
+    ranked = on_ranks(folder, tied=tied, size=size, num_rounds=num_rounds + 1)
+    length = len(ranked) // (num_rounds + 1)
+    rounds = [ranked[start : start + length] for start in range(length, len(ranked), length)]
+    return rows + summary(f"{name}, 2 ranks", rounds, unique)
+
+
+def main() -> None:
+    """Measure both models, print the table, write it as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--size", type=float, default=0.5, help="GB of unique bytes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--folder", type=Path, help="where to write the checkpoints; the disk that is measured")
+    parser.add_argument("--ranked", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tied", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.ranked is not None:
+        as_rank(arguments.ranked, tied=bool(arguments.tied), size=arguments.size, num_rounds=arguments.rounds)
+    rows = []
+    for tied in (True, False):
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            rows += run_case(Path(folder), tied=tied, size=arguments.size, num_rounds=arguments.rounds)
+    print(table(rows))
+    if arguments.out is not None:
+        environment = {
+            "size_gb": arguments.size,
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "load_average": os.getloadavg(),
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+            ).stdout.strip(),
+            **{name: version(name) for name in ("torch", "safetensors", "transformers", "xxhash")},
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

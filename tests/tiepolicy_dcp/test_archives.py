@@ -1,0 +1,80 @@
+"""What `torch.save` wrote is read in place, and what is no plain tensor is left to `torch.load`."""
+
+import io
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiepolicy_dcp
+from models import TiedPair
+from tiepolicy_dcp import CheckpointError
+from tiepolicy_dcp._archives import _DTYPES, StoredTensor, find_tensor
+
+#: What stands before the archive in its file.
+BEFORE = b"other tensors "
+
+
+def saved(value):
+    """A file with an archive in its middle, and where that is."""
+    archive = io.BytesIO()
+    torch.save(value, archive)
+    content = archive.getvalue()
+    return io.BytesIO(BEFORE + content + b"more"), len(BEFORE), len(content)
+
+
+@given(shape=st.lists(st.integers(0, 5), max_size=3), dtype=st.sampled_from(sorted(_DTYPES.values(), key=str)))
+def test_a_plain_tensor_is_found_with_its_bytes(shape, dtype):
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    file, offset, length = saved(tensor)
+    found = find_tensor(file, offset, length)
+    assert (tuple(shape), dtype) == (found.shape, found.dtype)
+    expected = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert expected == file.getvalue()[found.start : found.start + len(expected)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0).reshape(2, 3).T,
+        torch.arange(6.0)[2:],
+        torch.zeros(2).expand(3, 2),
+        torch.ones(2).to(torch.float8_e4m3fn),
+        torch.nn.Parameter(torch.ones(2)),
+        {"a": torch.ones(2)},
+        print,
+    ],
+    ids=["transposed", "part", "expanded", "float8", "parameter", "dict", "function"],
+)
+def test_anything_else_is_left_to_torch(value):
+    assert find_tensor(*saved(value)) is None
+
+
+def test_an_archive_that_is_cut_or_none_at_all_is_left_to_torch():
+    file, offset, length = saved(torch.ones(100))
+    assert isinstance(find_tensor(file, offset, length), StoredTensor)
+    assert find_tensor(file, offset, length - 300) is None
+    assert find_tensor(file, 0, 5) is None
+    assert find_tensor(io.BytesIO(b"PK\x03\x04 no zip"), 0, 12) is None
+
+
+def test_tensors_that_plain_dcp_wrote_in_other_layouts_are_read_as_before(tmp_path):
+    model = TiedPair(tied=False, vocab_size=50)
+    state = {"model": {"embed_tokens.weight": model.embed_tokens.weight.T.contiguous().T.detach()}}
+    state["model"]["lm_head.weight"] = torch.cat([torch.zeros(3, 4), model.lm_head.weight.detach()])[3:]
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save(state, checkpoint_id=tmp_path / "c")
+    loaded = TiedPair(tied=False, vocab_size=50)
+    tiepolicy_dcp.load(tmp_path / "c", model=loaded)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_a_file_that_holds_another_shape_than_the_metadata_says_is_an_error(tmp_path):
+    small, large = (tiepolicy_dcp.save(tmp_path / str(size), model=TiedPair(vocab_size=size)) for size in (12, 13))
+    data = (small / "__0_0.distcp").read_bytes()
+    (large / "__0_0.distcp").write_bytes(data.ljust((large / "__0_0.distcp").stat().st_size, b"\0"))
+    with pytest.raises(CheckpointError, match="could not be read"):
+        tiepolicy_dcp.load(large, model=TiedPair(vocab_size=13), verify="off")
