@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiepolicy_hf._load import from_pretrained as from_pretrained
     from tiepolicy_hf._save import save_pretrained as save_pretrained
+    from tiepolicy_hf._trainer import TiePolicyCallback as TiePolicyCallback
+    from tiepolicy_hf._trainer import last_checkpoint as last_checkpoint
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["TiePolicyCallback", "from_pretrained", "last_checkpoint", "save_pretrained"]
 
-_HOMES = {"from_pretrained": "_load", "save_pretrained": "_save"}
+_HOMES = {
+    "TiePolicyCallback": "_trainer",
+    "from_pretrained": "_load",
+    "last_checkpoint": "_trainer",
+    "save_pretrained": "_save",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ transformers asks a model to tie itself once its tensors are read, and tells it 
 the policy stands in for the model's own while it is read.
 """
 
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import tiepolicy
 from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
-from tiepolicy.errors import MissingTensorError, ShapeMismatchError, TieConflictError
+from tiepolicy.errors import MissingTensorError, ShapeMismatchError, TieConflictError, UntrustedCheckpointError
 from tiepolicy_hf._declared import FLAG, declarations
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import find_weights
@@ -80,7 +81,7 @@ def from_pretrained(
         ShapeMismatchError: If it holds one in another shape.
         TieConflictError: If it holds two values for one tensor, and neither `on_conflict` nor a plugin chooses.
         CheckpointError: If the folder is no checkpoint, is damaged, or was put together from two.
-        UntrustedCheckpointError: If it points to files outside.
+        UntrustedCheckpointError: If it points to files outside, or a pickle asks for more than tensors.
     """
     if on_conflict not in ("error", "untie", "canonical"):
         raise ValueError(f'on_conflict is {on_conflict!r}; it is "error", "untie" or "canonical"')
@@ -93,14 +94,19 @@ def from_pretrained(
     denied = (folder / _CONFIG).exists() and tiepolicy.read_json(folder / _CONFIG).get(FLAG) is False
     evidence = _Evidence(policy or tiepolicy.Policy.from_entry_points(), on_conflict, recorded, denied)
     concrete = _concrete(cls, folder, kwargs)
-    model, info = _reading(concrete, evidence).from_pretrained(
-        folder,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        use_safetensors=not weights.pickled,
-        weights_only=True,
-        **kwargs,
-    )
+    try:
+        model, info = _reading(concrete, evidence).from_pretrained(
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=not weights.pickled,
+            weights_only=True,
+            **kwargs,
+        )
+    except pickle.UnpicklingError as error:
+        raise UntrustedCheckpointError(
+            f"{weights.files[0]} asks for more than reading tensors. Nothing of it was run, and nothing was loaded"
+        ) from error
     model.__class__ = concrete
     _check_complete(model, folder, info, evidence)
     correct_flags_(model, evidence.policy.plan(model))

@@ -1,7 +1,7 @@
 """Step 5, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 import tiepolicy
 from tiepolicy import Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError
-from tiepolicy_hf._declared import declarations
-from tiepolicy_hf._flags import corrected_config, corrections, lasting, rebuilt_pairs
+from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
 from tiepolicy_hf._folder import INDEX, MANIFEST_KEY, replace_folder
 
 _PATTERN = "model{suffix}.safetensors"
@@ -58,17 +57,35 @@ def save_pretrained(
         raise ObservationError(
             f"{type(model).__name__} is no transformers model; unwrap it, or save it with tiepolicy_dcp.save"
         )
-    folder = Path(folder).absolute()
-    plan = (policy or tiepolicy.Policy.from_entry_points()).plan(model)
-    state = dict(model.state_dict() if state_dict is None else state_dict)
-    _check_data(state)
-    declared = list(declarations(model, tiepolicy.observe(model)))
-    fixes = lasting(model.config, corrections(declared, plan))
-    plan.compact(state)  # raises where tied names differ
-    needed = set(plan.tensors) - _derivable(plan, rebuilt_pairs(declared, fixes))
-    stored = _in_stored_form(
-        model, {name: tensor for name, tensor in state.items() if name in needed or name not in plan.tensors}
+    policy = policy or Policy.from_entry_points()
+    return _save(
+        model, Path(folder).absolute(), dict(state_dict or model.state_dict()), policy, max_shard_size, _renamed
     )
+
+
+def save_as_held(model: PreTrainedModel, folder: str | Path) -> Path:
+    """The same under the names that the live model has, where its checkpoints have others (experts apart, older names).
+
+    For those who read it back by `load_state_dict`, as `transformers.Trainer` does; `from_pretrained` reads it too.
+    """
+    policy = Policy.from_entry_points()
+    return _save(model, Path(folder).absolute(), model.state_dict(), policy, "50GB", lambda _, state: state)
+
+
+def _save(
+    model: PreTrainedModel,
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    policy: Policy,
+    max_shard_size: int | str,
+    named: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> Path:
+    _check_data(state)
+    plan = policy.plan(model)
+    declared = declared_by(model)
+    fixes = lasting(model.config, corrections(declared, plan))
+    left_out = _derivable(plan, rebuilt_pairs(declared, fixes))
+    stored = _apart(named(model, _without(state, left_out, plan)))
     config = corrected_config(model.config, fixes)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -131,16 +148,19 @@ def _connected(start: str, goal: str, within: set[str], pairs: list[tuple[str, s
     return goal in reached
 
 
-def _in_stored_form(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Under the names and in the layout that the model's checkpoints have, no tensor sharing memory with another."""
-    reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
-    shared = {name for names in tiepolicy.observe(reverted).sharing() for name in names[1:]}
-    # A slice would take its whole storage along, and a file can hold one range under one name only.
+def _renamed(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under the names and in the layout that the model's checkpoints have, as transformers writes them."""
+    return revert_weight_conversion(model, state)  # type: ignore[no-any-return]  # not annotated there
+
+
+def _apart(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous, and no tensor sharing memory with another: a file can hold one range under one name only."""
+    shared = {name for names in tiepolicy.observe(state).sharing() for name in names[1:]}
     return {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         if name in shared
         else tensor.detach().contiguous()
-        for name, tensor in sorted(reverted.items())
+        for name, tensor in sorted(state.items())
     }
 
 
