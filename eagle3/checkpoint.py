@@ -17,10 +17,10 @@ import tiepolicy
 from eagle3.config import CheckpointConfig, RunConfig
 from eagle3.draft import Draft
 from eagle3.errors import CheckpointError, DraftError
+from eagle3.inputs import Target
 from eagle3.metrics import Measurement
 from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks
-from eagle3.target import FrozenTarget
 from tiepolicy_dcp import CheckpointStore, PendingSave
 
 logger = logging.getLogger("eagle3")
@@ -194,7 +194,7 @@ class RunCheckpoints:
             )
 
 
-def target_digest(target: FrozenTarget) -> str:
+def target_digest(target: Target) -> str:
     """SHA-256 in hex of some rows of a target's embedding and head, in bfloat16: the same in whatever dtype it runs."""
     sha = hashlib.sha256()
     for table in (target.embedding_VE, target.head_VE):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_origin, get_type_hints
 
+import torch
 from jsonargparse import ArgumentParser
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils import logging as transformers_logging
@@ -16,8 +17,10 @@ from transformers.utils import logging as transformers_logging
 from eagle3.config import RunConfig
 from eagle3.demo import DemoConfig, run_demo
 from eagle3.errors import ConfigError, Eagle3Error
+from eagle3.estimate import EstimateConfig, print_estimate
 from eagle3.evaluate import EvaluateConfig, run_evaluate
 from eagle3.export import ExportConfig, run_export
+from eagle3.inputs import write_cache, write_vocab
 from eagle3.options import add_settings, read_settings
 from eagle3.parallel import Ranks, joined
 from eagle3.progress import StderrHandler
@@ -56,10 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(config: RunConfig) -> int:
+    return _together(lambda ranks: train(config, ranks))
+
+
+def _cache(config: RunConfig) -> int:
+    return _together(lambda ranks: write_cache(config, ranks))
+
+
+def _together(work: Callable[[Ranks], None]) -> int:
+    """Run something in all processes that torchrun started, and say once what is wrong."""
     with joined() as ranks:
         _log_to_stderr(ranks)
         try:
-            train(config, ranks)
+            work(ranks)
         except (Eagle3Error, TiePolicyError) as error:
             if ranks.speaks(str(error)):
                 _report(error, prefix="" if ranks.is_first else f"process {ranks.rank}: ")
@@ -77,6 +89,17 @@ def _named(command: Command, arguments: Sequence[str]) -> list[str]:
     takes_all = get_origin(get_type_hints(command.settings)[command.unnamed]) is list
     value = json.dumps(values) if takes_all else values[0]
     return [f"--{command.unnamed}={value}", *arguments[len(values) if takes_all else 1 :]]
+
+
+def _vocab(config: RunConfig) -> int:
+    _log_to_stderr(Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    write_vocab(config)
+    return 0
+
+
+def _estimate(config: EstimateConfig) -> int:
+    print_estimate(config)
+    return 0
 
 
 def _demo(config: DemoConfig) -> int:
@@ -102,6 +125,15 @@ def _draw(config: ReportConfig) -> int:
 #: In the order in which a run needs them.
 COMMANDS = {
     "demo": Command(help="All of it in a few minutes on a CPU.", settings=DemoConfig, run=_demo),
+    "estimate": Command(
+        help="What a run will take: parameters, memory, steps, disk. Loads nothing.",
+        settings=EstimateConfig,
+        run=_estimate,
+    ),
+    "vocab": Command(help="Choose the draft vocabulary and keep it.", settings=RunConfig, run=_vocab),
+    "cache": Command(
+        help="Write the target's states to disk, to train from. Works under torchrun.", settings=RunConfig, run=_cache
+    ),
     "train": Command(help="Train a draft, or go on with a run. Works under torchrun.", settings=RunConfig, run=_train),
     "evaluate": Command(
         help="RUN: decode with a draft and measure what it brings.",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eagle3.errors import DataError
 
@@ -75,6 +76,24 @@ def load_conversations(path: str | Path) -> list[Conversation]:
     return conversations
 
 
+def count_conversations(path: str | Path) -> int:
+    """Counts the conversations of a file without reading what they say.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            _, parquet = _pyarrow(path)
+            num_rows: int = parquet.read_metadata(path).num_rows
+            return num_rows
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"{path} cannot be read: {error}. Give the path of a JSONL or Parquet file.") from error
+
+
 def _json_entries(path: Path) -> Iterator[tuple[str, object]]:
     """Each line that is not blank, and where it stands."""
     with path.open("rb") as file:
@@ -90,14 +109,7 @@ def _json_entries(path: Path) -> Iterator[tuple[str, object]]:
 
 def _parquet_entries(path: Path) -> Iterator[tuple[str, object]]:
     """Each row, and where it stands; one row group is in memory at a time."""
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped]  # it has no annotations
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(
-            f"{path} is a Parquet file, which needs pyarrow. Install it with `pip install tiepolicy[parquet]`, or "
-            "convert the file to JSONL."
-        ) from error
+    pa, parquet = _pyarrow(path)
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -108,6 +120,18 @@ def _parquet_entries(path: Path) -> Iterator[tuple[str, object]]:
                     yield f"{path}: row {number}", row
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is not a whole Parquet file ({error}). Write it again.") from error
+
+
+def _pyarrow(path: Path) -> tuple[Any, Any]:
+    try:
+        import pyarrow as pa  # type: ignore[import-untyped]  # it has no annotations
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path} is a Parquet file, which needs pyarrow. Install it with `pip install tiepolicy[parquet]`, or "
+            "convert the file to JSONL."
+        ) from error
+    return pa, parquet
 
 
 def _parse(entry: object, *, where: str) -> Conversation:

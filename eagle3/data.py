@@ -143,7 +143,9 @@ class _Batches(Dataset[Batch]):
         for place, pick in enumerate(picks):
             if not pick.supervised:
                 batch.loss_mask_BT[place] = False
-        return replace(batch, examples=tuple(numbers))
+        source, num_tokens = data.feature_source, batch.input_ids_BT.shape[1]
+        features = None if source is None else source(numbers, num_tokens)
+        return replace(batch, examples=tuple(numbers), features=features)
 
 
 def batches(

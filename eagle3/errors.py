@@ -17,6 +17,10 @@ class TargetError(Eagle3Error):
     """The target model cannot serve as one: missing, too shallow, or of a kind the trainer does not know."""
 
 
+class CacheError(Eagle3Error):
+    """States on disk cannot be written or read, or were made from another target, other data or other settings."""
+
+
 class DraftError(Eagle3Error):
     """The draft cannot be built from its config."""
 

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, E target hidden.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,3 +30,7 @@ class Features:
             hidden_BTE=self.hidden_BTE.to(device, non_blocking=True),
             argmax_BT=None if self.argmax_BT is None else self.argmax_BT.to(device, non_blocking=True),
         )
+
+
+#: Reads the states of examples from disk: given the examples that stand side by side in each row, and T.
+FeatureSource = Callable[[Sequence[Sequence[int]], int], Features]

@@ -57,7 +57,7 @@ def read_settings(settings: type[Settings], arguments: Sequence[str]) -> Setting
     parser = ArgumentParser(allow_abbrev=False, exit_on_error=False)
     add_settings(parser, settings)
     types_of = dict(_leaves(settings))
-    arguments = _with_shipped_configs(arguments)
+    arguments = _with_shipped_configs(_with_switches(arguments, types_of))
     _refuse_unknown(arguments, list(types_of))
     try:
         parsed = parser.parse_args(arguments)
@@ -103,6 +103,16 @@ def _leaves(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", kind
+
+
+def _with_switches(arguments: Sequence[str], types_of: dict[str, Any]) -> list[str]:
+    """Write `true` behind the name of a setting that is either true or false and was given without a value."""
+    written = []
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        written.append(argument)
+        if types_of.get(argument.removeprefix("--")) is bool and following.startswith("--"):
+            written.append("true")
+    return written
 
 
 def _with_shipped_configs(arguments: Sequence[str]) -> list[str]:

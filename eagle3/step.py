@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from eagle3.data import Batch
 from eagle3.errors import NumericsError
+from eagle3.inputs import Target
 from eagle3.loss import StepCounts
 from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks, gradients_stay_local
-from eagle3.target import FrozenTarget
 from eagle3.unroll import UnrollResult
 
 
@@ -30,7 +30,7 @@ class Scorer:
 
     def __init__(
         self,
-        target: FrozenTarget,
+        target: Target,
         unroll: nn.Module,
         *,
         device: torch.device,
@@ -52,7 +52,7 @@ class Scorer:
         """
         input_ids_BT, loss_mask_BT = batch.input_ids_BT.to(self.device), batch.loss_mask_BT.to(self.device)
         documents_BT = None if batch.documents_BT is None else batch.documents_BT.to(self.device)
-        features = self.target.features(input_ids_BT, documents_BT=documents_BT)
+        features = self.target.features_of(batch)
         finite = features.aux_BTA.isfinite().all() & features.hidden_BTE.isfinite().all()
         aux_BTA = features.aux_BTA if self.feature_dtype is None else features.aux_BTA.to(self.feature_dtype)
         with self.autocast:

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from eagle3.data import positions_of
-from eagle3.errors import ConfigError, TargetError
+from eagle3.data import Batch, positions_of
+from eagle3.description import (
+    LOAD_ERRORS,
+    LOAD_OPTIONS,
+    choose_layers,
+    end_ids,
+    load_tokenizer,
+    require_tokens_fit,
+    unreadable,
+)
+from eagle3.errors import TargetError
 from eagle3.features import Features
-
-# What transformers raises for a folder that it cannot read: each has been met, none is a programming error of ours.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 # Share of the largest logit. Equal products differ by 2 ** -8 in bfloat16; scaled, capped or shifted ones by more.
 _HEAD_TOLERANCE = 0.02
@@ -59,16 +64,12 @@ class FrozenTarget:
         self.config = model.config.get_text_config(decoder=True)
         self.decoder: nn.Module = model.get_decoder()
         self.decoder_layers = _find_layers(self.decoder, num_layers=self.config.num_hidden_layers)
-        self.layer_ids = _choose_layers(len(self.decoder_layers), layers=layers)
+        self.layer_ids = choose_layers(len(self.decoder_layers), layers)
         embedding: Any = model.get_input_embeddings()
         self.embedding_VE: nn.Parameter = embedding.weight
         self.vocab_size: int = self.embedding_VE.shape[0]
-        if len(tokenizer) > self.vocab_size:
-            raise TargetError(
-                f"The tokenizer has {len(tokenizer)} tokens, but the target's embedding has {self.vocab_size} rows. "
-                "Use the tokenizer that belongs to the target."
-            )
-        self.end_ids = _end_ids(model)
+        require_tokens_fit(tokenizer, self.vocab_size)
+        self.end_ids = end_ids(model.generation_config, self.config)
         self.head_VE = self._checked_head()
         # Whether one forward can hold several documents side by side; found out when first asked.
         self._packs: bool | None = None
@@ -94,18 +95,13 @@ class FrozenTarget:
             TargetError: Something is missing or cannot be read, or as for the class.
             ConfigError: As for the class.
         """
-        # Downloads belong to the user's hand: a misspelt path must not become a question to a server.
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder_or_name, **options)
-        except _LOAD_ERRORS as error:
-            raise TargetError(_unreadable(folder_or_name, part="tokenizer", error=error)) from error
+        tokenizer = load_tokenizer(folder_or_name)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder_or_name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                folder_or_name, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOAD_OPTIONS
             )
-        except _LOAD_ERRORS as error:
-            raise TargetError(_unreadable(folder_or_name, part="model", error=error)) from error
+        except LOAD_ERRORS as error:
+            raise unreadable(folder_or_name, part="model", error=error) from error
         model, info = loaded
         if info["missing_keys"]:
             # transformers fills them with random numbers and says so only in its log.
@@ -138,6 +134,12 @@ class FrozenTarget:
         if self._packs:
             return self._features(input_ids_BT, positions_of(documents_BT))
         return self._features_one_by_one(input_ids_BT, documents_BT)
+
+    def features_of(self, batch: Batch) -> Features:
+        """Runs the target on a batch, which is on any device; the features are on the target's."""
+        device = self.head_VE.device
+        documents_BT = None if batch.documents_BT is None else batch.documents_BT.to(device)
+        return self.features(batch.input_ids_BT.to(device), documents_BT=documents_BT)
 
     @torch.no_grad()
     def read_on(self, input_ids_BT: torch.Tensor, *, cache: Cache) -> Features:
@@ -236,14 +238,6 @@ class FrozenTarget:
         return head_VE
 
 
-def _end_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    found: set[int] = set()
-    for config in (model.generation_config, model.config.get_text_config(decoder=True)):
-        ids = getattr(config, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or ())
-    return tuple(sorted(found))
-
-
 def _copy_input_to(slot: torch.Tensor) -> Callable[..., None]:
     # Copied at once: a layer may write into its input, and keeping states to concatenate them would need them twice.
     def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -265,28 +259,3 @@ def _find_layers(decoder: nn.Module, *, num_layers: int) -> nn.ModuleList:
             "but exactly one, the decoder layers, is needed to capture hidden states."
         )
     return next(iter(found.values()))
-
-
-def _choose_layers(num_layers: int, *, layers: Sequence[int] | None) -> tuple[int, int, int]:
-    if num_layers < 4:
-        raise TargetError(
-            f"The target has {num_layers} layers; a draft reads from three of them, so it needs 4 or more."
-        )
-    if layers is None:
-        # The engines' default (vLLM, SGLang); in fewer than 7 layers its three ids coincide.
-        return (2, num_layers // 2, num_layers - 3) if num_layers >= 7 else (1, num_layers // 2, num_layers - 1)
-    if len(layers) != 3 or not 0 <= layers[0] < layers[1] < layers[2] < num_layers:
-        raise ConfigError(
-            f"target.layers is {list(layers)}, but it must be three ascending ids from 0 to {num_layers - 1}: "
-            "id k is the input of the target's layer k."
-        )
-    low, middle, high = layers
-    return low, middle, high
-
-
-def _unreadable(folder_or_name: str | Path, *, part: str, error: Exception) -> str:
-    if Path(folder_or_name).is_dir():
-        advice = "The folder must hold config.json, *.safetensors and tokenizer.json of a causal language model."
-    else:
-        advice = "There is no such folder, and no such name in the local Hugging Face cache: download it first."
-    return f"The {part} of the target {folder_or_name} cannot be loaded. {advice} ({' '.join(str(error).split())})"

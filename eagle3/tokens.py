@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle3.conversations import Conversation, load_conversations
 from eagle3.errors import DataError
+from eagle3.features import FeatureSource
 from eagle3.files import TensorCache
 from eagle3.packing import pack
 
@@ -47,6 +48,7 @@ class EncodedData:
         num_tools: Descriptions, calls and results of tools that were left out.
         packed_rows: Indices of the examples that stand side by side, for each row; None for one example per row.
         row_length: Tokens of a packed row.
+        feature_source: Reads the target's states of the examples from disk; None to run the target.
     """
 
     examples: tuple[Example, ...]
@@ -55,6 +57,7 @@ class EncodedData:
     num_tools: int = 0
     packed_rows: tuple[tuple[int, ...], ...] | None = None
     row_length: int | None = None
+    feature_source: FeatureSource | None = None
 
     @property
     def num_rows(self) -> int:
@@ -120,8 +123,7 @@ def load_tokens(
     Raises:
         DataError: As for `load_conversations` and `encode`, or the cache's folder cannot be written.
     """
-    key = _token_key(Path(path), tokenizer, max_length=max_length)
-    name = f"tokens-{key[:32]}.safetensors"
+    name = _file_name(path, tokenizer, max_length=max_length)
     with cache.locked(name):
         kept = cache.read(name)
         if kept is not None:
@@ -130,6 +132,22 @@ def load_tokens(
         data = encode(load_conversations(path), tokenizer, max_length=max_length)
         cache.write(name, *_to_tensors(data))
     return data
+
+
+def kept_tokens(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, cache: TensorCache
+) -> EncodedData | None:
+    """What `load_tokens` has kept of a file, or None; nothing is encoded.
+
+    Raises:
+        DataError: The file cannot be read, or the tokenizer has no chat template.
+    """
+    kept = cache.read(_file_name(path, tokenizer, max_length=max_length))
+    return None if kept is None else _from_tensors(*kept)
+
+
+def _file_name(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
+    return f"tokens-{_token_key(Path(path), tokenizer, max_length=max_length)[:32]}.safetensors"
 
 
 def _token_key(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:

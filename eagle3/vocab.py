@@ -4,6 +4,7 @@ Shape suffixes: V target vocabulary, D draft vocabulary.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from eagle3.errors import ConfigError, DataError
 from eagle3.files import TensorCache
 from eagle3.tokens import EncodedData, Example
+
+logger = logging.getLogger("eagle3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,7 +127,8 @@ def draft_vocab(
     with cache.locked(name):
         if not (cache.folder / name).exists():
             tensors = {"d2t": vocab.d2t_D, "t2d": vocab.t2d_V, "counts": counts_V}
-            cache.write(name, tensors, {"coverage": str(vocab.coverage)})
+            path = cache.write(name, tensors, {"coverage": str(vocab.coverage)})
+            logger.info("Draft vocabulary written to %s", path)
     return vocab
 
 
