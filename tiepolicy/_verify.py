@@ -20,6 +20,8 @@ _CONSOLIDATED = "model.safetensors"
 #: Shape and dtype by name.
 _Specs = Mapping[str, tuple[tuple[int, ...], str]]
 _Offsets = tuple[int, ...]
+#: Offsets in the tensor, file, first byte and length of each of its chunks.
+_Records = set[tuple[_Offsets | None, str, int, int]]
 _Value = TypeVar("_Value")
 
 
@@ -166,7 +168,7 @@ def _overlap(chunks: Iterable[tuple[_Offsets, _Offsets]]) -> bool:
 
 
 def _manifest_problems(
-    folder: Path, stored: _Specs, *, source: Path, records: Mapping[str, object] | None = None
+    folder: Path, stored: _Specs, *, source: Path, records: Mapping[str, _Records] | None = None
 ) -> list[str]:
     """Where the manifest and what is stored disagree.
 
@@ -193,7 +195,7 @@ def _manifest_problems(
     for name in sorted(set(stored) - set(plan.stored())):
         if name not in plan.tensors:
             problems.append(f"{source} holds {name}, which {folder / MANIFEST} does not know")
-        elif records is None or records[name] != records.get(plan.canonical(name)):
+        elif records is None or not _is_written_once(name, plan, records):
             problems.append(
                 f"{source} stores {name} and {plan.canonical(name)} apart, which {folder / MANIFEST} calls one tensor"
             )
@@ -206,9 +208,23 @@ def _consolidated_problems(folder: Path) -> list[str]:
     return _manifest_problems(folder, stored, source=path)
 
 
-def _records(found: ShardedMetadata) -> dict[str, object]:
+def _is_written_once(name: str, plan: TiePlan, records: Mapping[str, _Records]) -> bool:
+    """Whether the bytes of an alias are those of the stored tensor, or of the rows that it is a view of."""
+    canonical = plan.canonical(name)
+    owner = records.get(canonical, set())
+    view = next((alias.view for alias in plan.part_aliases(canonical) if alias.name == name), None)
+    if view is None:
+        return records[name] == owner
+    first = view.offset // max(1, math.prod(plan.tensors[canonical].shape[1:]))
+    return all(
+        offsets is not None and ((offsets[0] + first, *offsets[1:]), *place) in owner
+        for offsets, *place in records[name]
+    )
+
+
+def _records(found: ShardedMetadata) -> dict[str, _Records]:
     """Where the bytes of each tensor of the model are."""
-    records: dict[str, set[object]] = {}
+    records: dict[str, _Records] = {}
     for place in found.places:
         records.setdefault(place.name, set()).add((place.offsets, place.file, place.start, place.length))
     return dict(_strip(records))
