@@ -25,7 +25,7 @@ FLOW = {
         _contents _digests _verify _diff _plugins _inspect _cli __main__ __init__ _cases _laws testing""",
     "tiepolicy_hf": "_declared _plugin _flags _folder _save _load _trainer __init__",
     "tiepolicy_dcp": """errors _ranks _folder _digests _files _archives _reader _writer _state _extra _retention
-        _save _optimizer _conflicts _load _pointers _lock _staging _worker _async _store __init__""",
+        _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker _async _store __init__""",
     "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel _pipeline __init__",
     "eagle3": """errors config options files conversations packing features tokens data vocab description target cache
         stopping parallel inputs teacher draft attention loss unroll optimizer metrics progress checkpoint step trainer

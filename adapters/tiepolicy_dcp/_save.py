@@ -1,4 +1,4 @@
-"""Step 11, saving: plan, agree, write, flush, publish."""
+"""Step 12, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, write_manifest, write_text
 from tiepolicy_dcp._ranks import agreed_plan, is_first_rank, on_all_ranks, on_first_rank, rank
 from tiepolicy_dcp._retention import RECORD
+from tiepolicy_dcp._stages import store_once
 from tiepolicy_dcp._state import ModelState, OptimizerState
 from tiepolicy_dcp._writer import AliasWriter, Share, data_file, divide
 from tiepolicy_dcp.errors import CheckpointError
@@ -48,7 +49,8 @@ def save(
 
     Args:
         folder: A name that does not exist yet.
-        model: What to save; sharded (DTensor) or replicated.
+        model: What to save; sharded (DTensor) or replicated. The stages of a pipeline may each give their own, with
+            the plan of the whole: what two of them own of one tensor must be equal, and is written once.
         optimizer: Its optimizer, saved under the canonical names of the parameters.
         extra: Nested JSON values and tensors; what rank 0 passes is kept.
         plan: The model's plan; made by the default policy if not given.
@@ -96,6 +98,14 @@ def collect(
     """Find out what a checkpoint will hold, and that it can be written; the arguments are those of `save`."""
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external, digests=external is not None))
     state = _state(model, optimizer, plan)
+    state["model"], is_part = store_once(state["model"], plan)
+    if is_part and (consolidated or optimizer is not None):
+        unfit = "a consolidated file" if consolidated else "their optimizers, whose groups differ"
+        raise CheckpointError(
+            "the ranks hold different parts of one model, as the stages of a pipeline do: one checkpoint takes their "
+            f"tensors, but not yet {unfit}. Nothing was written. Save the model alone, and each stage's OptimizerState "
+            "with dcp.save in its own group"
+        )
     packed = on_all_ranks(lambda: pack_extra(extra or {}) if is_first_rank() else Extra())[rank()]
     whole = _gather(model, plan) if consolidated else None
     return Contents(plan=plan, state=state, extra=packed, whole=whole)

@@ -1,4 +1,4 @@
-"""Step 17, staging: copies of live tensors in memory that is kept between saves, so that training may go on."""
+"""Step 18, staging: copies of live tensors in memory that is kept between saves, so that training may go on."""
 
 import mmap
 import os

@@ -1,4 +1,4 @@
-"""Step 18, another process that writes files: `python -m tiepolicy_dcp._worker DESCRIPTOR`, and how to talk to it.
+"""Step 19, another process that writes files: `python -m tiepolicy_dcp._worker DESCRIPTOR`, and how to talk to it.
 
 The tensors lie in memory that both processes map; what is said is JSON, a line each way for each file.
 """

@@ -94,7 +94,7 @@ class Share:
     """What one rank writes; what several ranks hold alike is written by one of them."""
 
     rank: int
-    #: What else the tensors are called.
+    #: What else the tensors are called; on rank 0 those of all ranks.
     names: Mapping[str, Entry]
     planner: DefaultSavePlanner
     plan: SavePlan
@@ -132,20 +132,23 @@ def divide(plan: TiePlan, state: State) -> Share:
     names = further_names(plan, state)
     planner = _RowPlanner(names)
 
-    def local() -> SavePlan:
+    def local() -> tuple[SavePlan, dict[str, Entry]]:
         planner.set_up_planner(dict(state), is_coordinator=is_first_rank())
-        return planner.create_local_plan()
+        return planner.create_local_plan(), names
 
     metadata: list[Metadata] = []
+    of_all_ranks = dict(names)
 
-    def of_all(plans: list[SavePlan]) -> list[SavePlan]:
-        shares, of_checkpoint = planner.create_global_plan(plans)
+    def of_all(found: list[tuple[SavePlan, dict[str, Entry]]]) -> list[SavePlan]:
+        shares, of_checkpoint = planner.create_global_plan([plan for plan, _ in found])
         metadata.append(of_checkpoint)
+        for _, theirs in found:
+            of_all_ranks.update(theirs)
         return shares
 
     of_rank = planner.finish_plan(through_first_rank(local, of_all))
     of_checkpoint = metadata[0] if metadata else None
-    return Share(rank=rank(), names=names, planner=planner, plan=of_rank, metadata=of_checkpoint)
+    return Share(rank=rank(), names=of_all_ranks, planner=planner, plan=of_rank, metadata=of_checkpoint)
 
 
 class AliasWriter(FileSystemWriter):

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 import tiepolicy
+import tiepolicy_dcp
 import tiepolicy_fsdp2
 from torchrun import process_group
 
@@ -162,8 +163,55 @@ def two_halves_on_one_rank():
     }
 
 
+def save_and_load():
+    """Train, save, and load into stages with other weights."""
+    mesh = grid()
+    index = mesh["pp"].get_local_rank()
+    stage, fresh = cut(tower(), index), cut(Tower(), index)
+    for module in (stage, fresh):
+        if mesh["dp"].size() > 1:
+            tiepolicy_fsdp2.fully_shard(module, blocks=[Layer], mesh=mesh["dp"])
+    ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan(), group=mesh["pp"].get_group())
+    run_steps(stage, mesh, Schedule1F1B, sync=True, num_steps=1, ties=ties)
+    tiepolicy_dcp.save(FOLDER / "joint", model=stage, plan=whole_plan())
+    restored = tiepolicy_dcp.load(FOLDER / "joint", model=fresh)
+    expected = dict(stage.named_parameters())
+    same = all(torch.equal(whole(parameter), whole(expected[name])) for name, parameter in fresh.named_parameters())
+    embed, head = both(whole(half(fresh)))
+    return {
+        "same": all(both(same)),
+        "equal": torch.equal(embed, head),
+        "notes": [action.note for actions in both(restored.actions) for action in actions if action.note],
+    }
+
+
+def save_a_drifted_pair():
+    stage = cut(tower(), dist.get_rank())
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            half(stage)[3, 2] += 1
+    save = lambda: tiepolicy_dcp.save(FOLDER / "drifted", model=stage, plan=whole_plan())  # noqa: E731
+    return {"error": message(save), "written": sorted(path.name for path in FOLDER.glob("*drifted*"))}
+
+
+def save_one_stage_twice():
+    stage = cut(tower(), 0)
+    return {"error": message(lambda: tiepolicy_dcp.save(FOLDER / "half", model=stage, plan=whole_plan()))}
+
+
+def save_with_optimizers():
+    stage = cut(tower(), dist.get_rank())
+    optimizer = torch.optim.AdamW(stage.parameters())
+
+    def save():
+        tiepolicy_dcp.save(FOLDER / "trained", model=stage, optimizer=optimizer, plan=whole_plan())
+
+    return {"error": message(save)}
+
+
+FOLDER = Path(sys.argv[1])
+
 if __name__ == "__main__":
     with process_group():
-        folder = Path(sys.argv[1])
         for name in sys.argv[2:]:
             report(name, globals()[name])

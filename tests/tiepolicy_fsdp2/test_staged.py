@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from sharded import Tower
 
+import tiepolicy_dcp
 from torchrun import torchrun
 
 RANKS = Path(__file__).with_name("staged.py")
@@ -17,6 +21,7 @@ SCHEDULES = ["one_forward_one_backward", "all_forward_all_backward"]
 OTHERS = [
     *("today_without_sync", "started_apart", "a_half_without_gradient"),
     *("a_stage_is_missing", "converted_apart", "two_halves_on_one_rank"),
+    *("save_and_load", "save_a_drifted_pair", "save_one_stage_twice", "save_with_optimizers"),
 ]
 
 
@@ -29,12 +34,13 @@ def run(folder, cases, num_processes):
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two"), [*SCHEDULES, *OTHERS], num_processes=2)
+    folder = tmp_path_factory.mktemp("two")
+    return run(folder, [*SCHEDULES, *OTHERS], num_processes=2) | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("four"), SCHEDULES, num_processes=4)
+    return run(tmp_path_factory.mktemp("four"), [*SCHEDULES, "save_and_load"], num_processes=4)
 
 
 def check_trained(result):
@@ -64,6 +70,46 @@ def test_today_stages_drift_apart_without_a_word_and_are_found_here(on_two):
     )
 
 
+def test_stages_save_one_checkpoint_with_each_tie_once_and_load_their_halves_from_it(on_two):
+    result = on_two["save_and_load"]
+    assert (True, True) == (result["same"], result["equal"])
+    said = "were one tensor when saved; each gets its values"
+    assert [
+        f"layers.1.up.weight and layers.0.up.weight {said}",
+        f"lm_head.weight and embed_tokens.weight {said}",
+    ] == result["notes"]
+
+
+@pytest.mark.slow
+def test_stages_that_are_sharded_save_and_load(on_four):
+    assert (True, True) == (on_four["save_and_load"]["same"], on_four["save_and_load"]["equal"])
+
+
+def test_what_stages_saved_loads_into_the_whole_model_here_and_by_plain_dcp(on_two):
+    folder = on_two["folder"] / "joint"
+    model = Tower()
+    tiepolicy_dcp.load(folder, model=model)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    plain = {"model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}}
+    with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
+        dcp.load(plain, checkpoint_id=folder)
+    assert [True] * len(plain["model"]) == [
+        torch.equal(tensor, plain["model"][name]) for name, tensor in model.state_dict().items()
+    ]
+    places = dcp.FileSystemReader(folder).read_metadata().storage_data
+    records = {(place.relative_path, place.offset) for place in places.values()}
+    assert (len(list(model.parameters())), len(plain["model"])) == (len(records), len(places))
+
+
+def test_a_drifted_pair_is_an_error_at_save_and_never_merged(on_two):
+    result = on_two["save_a_drifted_pair"]
+    assert (True, []) == (result["agreed"], result["written"])
+    assert result["error"].startswith(
+        "TieConflictError: embed_tokens.weight and lm_head.weight are one tensor in the model, and two ranks hold "
+        "different values of it"
+    )
+
+
 def test_stages_that_start_apart_are_an_error_or_get_the_canonical_value_by_choice(on_two):
     result = on_two["started_apart"]
     assert "hold different values after being cut into stages" in result["error"]
@@ -88,6 +134,8 @@ def test_halves_on_one_rank_need_no_sync_and_must_be_one_parameter(on_two):
             "a_stage_is_missing",
             "MissingTensorError: no stage has lm_head.weight of the tied embed_tokens.weight and lm_head.weight",
         ),
+        ("save_one_stage_twice", "MissingTensorError: no rank holds layers.1.down.bias, which the plan says is stored"),
+        ("save_with_optimizers", "CheckpointError: the ranks hold different parts of one model"),
         ("converted_apart", "ShardingError: embed_tokens.weight on rank 0 and lm_head.weight on rank 1 are one tensor"),
     ],
 )
