@@ -8,8 +8,10 @@ from torch import nn
 from tiepolicy._claims import Claim as Claim
 from tiepolicy._claims import Source as Source
 from tiepolicy._conflict import Conflict as Conflict
+from tiepolicy._conflict import Missing as Missing
 from tiepolicy._conflict import Moment as Moment
 from tiepolicy._conflict import Resolution as Resolution
+from tiepolicy._conflict import Way as Way
 from tiepolicy._conflict import settle as settle
 from tiepolicy._evidence import View as View
 from tiepolicy._external import ExternalTie as ExternalTie

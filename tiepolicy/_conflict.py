@@ -1,9 +1,10 @@
-"""Step 10, conflicts: two values for what should be one tensor, and the ways out that a plugin may choose."""
+"""Step 10, conflicts: two values for one tensor, or none, and the ways out that a plugin may choose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tiepolicy._facts import TensorSpec
 from tiepolicy.errors import PluginError, TieConflictError
 
 
@@ -39,21 +40,57 @@ class Conflict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resolution:
-    """What to do about a conflict; build it with `keep` or `untie`."""
+class Missing:
+    """A tensor of a model that a checkpoint does not hold, under its own name or an alias."""
 
-    #: The name whose value both names get, or None to keep both values as separate tensors.
-    kept: str | None
+    name: str
+    #: What the model has room for.
+    spec: TensorSpec
+    #: What the checkpoint holds, by name.
+    stored: Mapping[str, TensorSpec]
+    #: The claims about the name that were refused, as sentences.
+    refused: tuple[str, ...] = ()
+
+
+class Way(StrEnum):
+    """The ways out of two values, then those out of a missing one."""
+
+    KEEP = "keep"
+    UNTIE = "untie"
+    TAKE = "take"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolution:
+    """What to do about a `Conflict` or a `Missing`; build it with `keep` or `untie`, `take` or `leave`."""
+
+    way: Way
+    #: The name that is kept, or taken from.
+    name: str = ""
 
     @staticmethod
     def keep(name: str) -> "Resolution":
-        """Both names get the value of this one; the other value is lost, by choice."""
-        return Resolution(kept=name)
+        """Of two values, both names get the value of this one; the other value is lost, by choice."""
+        return Resolution(way=Way.KEEP, name=name)
 
     @staticmethod
     def untie() -> "Resolution":
-        """Both names keep their values and are separate tensors from now on."""
-        return Resolution(kept=None)
+        """Of two values, both names keep theirs and are separate tensors from now on."""
+        return Resolution(way=Way.UNTIE)
+
+    @staticmethod
+    def take(name: str) -> "Resolution":
+        """A missing tensor gets the values stored under this name, which must have its shape and dtype."""
+        return Resolution(way=Way.TAKE, name=name)
+
+    @staticmethod
+    def leave() -> "Resolution":
+        """A missing tensor stays as it is in the model."""
+        return Resolution(way=Way.LEAVE)
+
+    def __str__(self) -> str:
+        return f"{self.way} {self.name!r}" if self.name else str(self.way)
 
 
 _OTHERWISE = (
@@ -84,10 +121,10 @@ _SENTENCES = {
 
 _DIFFERS = {Moment.OPTIMIZER: "stored states"}
 
-Resolver = Callable[[Conflict], Resolution | None]
+Resolver = Callable[[Conflict | Missing], Resolution | None]
 
 
-def unresolved(conflict: Conflict) -> None:
+def unresolved(conflict: Conflict | Missing) -> None:
     """The resolver of those who have none: every conflict is an error."""
 
 
@@ -107,11 +144,32 @@ def settle(conflict: Conflict, resolver: Resolver) -> str | None:
             f"{advice.format(conflict=conflict)}",
             names=[conflict.alias, conflict.canonical],
         )
-    allowed = (None, conflict.canonical, conflict.alias) if conflict.whole else (None, conflict.canonical)
-    if resolution.kept not in allowed:
+    names = conflict.names if conflict.whole else (conflict.canonical,)
+    if resolution.way is Way.UNTIE:
+        return None
+    if resolution.way is not Way.KEEP or resolution.name not in names:
         raise PluginError(
-            f"tiepolicy_resolve wants to keep {resolution.kept!r} where {conflict.alias} and {conflict.canonical} "
-            f"differ; it may keep {' or '.join(name for name in allowed if name)}, or untie them",
+            f"tiepolicy_resolve answers {resolution} where {conflict.alias} and {conflict.canonical} differ; it may "
+            f"keep {' or '.join(names)}, or untie them",
             names=conflict.names,
         )
-    return resolution.kept
+    return resolution.name
+
+
+def settle_missing(missing: Missing, resolver: Resolver) -> Resolution | None:
+    """How a tensor that is not stored is filled, or that it is left; None to make it an error.
+
+    Raises:
+        PluginError: If the resolver wants it taken from a name that is not stored, or kept or untied.
+    """
+    resolution = resolver(missing)
+    if resolution is None or resolution.way is Way.LEAVE:
+        return resolution
+    if resolution.way is not Way.TAKE or resolution.name not in missing.stored:
+        raise PluginError(
+            f"tiepolicy_resolve answers {resolution} for {missing.name} {missing.spec.shape}, which is not in the "
+            "checkpoint; it may take the values of a name that is stored, or leave the tensor as it is. Nothing was "
+            "loaded",
+            names=[missing.name],
+        )
+    return resolution

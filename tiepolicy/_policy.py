@@ -10,7 +10,7 @@ from torch import nn
 
 from tiepolicy import _rules, hookspecs
 from tiepolicy._claims import Claim, Source
-from tiepolicy._conflict import Conflict, Moment, Resolution, unresolved
+from tiepolicy._conflict import Conflict, Missing, Moment, Resolution, unresolved
 from tiepolicy._evidence import relate, view_within
 from tiepolicy._external import ExternalTie, Owners, find_external
 from tiepolicy._facts import TensorFact
@@ -125,8 +125,8 @@ class Policy:
         )
         return self.plan(model)
 
-    def resolve(self, conflict: Conflict) -> Resolution | None:
-        """What the plugins want done about two values of one tensor; None if they leave it an error.
+    def resolve(self, conflict: Conflict | Missing) -> Resolution | None:
+        """What the plugins want done about two values of one tensor, or a missing one; None if they leave it an error.
 
         Raises:
             PluginError: If a plugin raises or answers with a wrong type.

@@ -4,12 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tiepolicy._conflict import Missing, Way, settle_missing
 from tiepolicy._evidence import View
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._plan import TiePlan
 from tiepolicy._verdicts import Reason
-from tiepolicy.errors import DtypeMismatchError, ExternalOwnerError, MissingTensorError, ShapeMismatchError
+from tiepolicy.errors import (
+    DtypeMismatchError,
+    ExternalOwnerError,
+    MissingTensorError,
+    PluginError,
+    ShapeMismatchError,
+)
 
 
 class ActionKind(StrEnum):
@@ -23,6 +30,8 @@ class ActionKind(StrEnum):
     COMPARE = "compare"
     #: Take it from the model that owns it, after its digest matches; read nothing.
     EXTERNAL = "external"
+    #: Read nothing: the checkpoint does not hold the tensor, and a plugin leaves the live one as it is.
+    LEAVE = "leave"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +39,7 @@ class Action:
     """One thing to do to bring a checkpoint into a live model."""
 
     kind: ActionKind
-    #: Name in the checkpoint.
+    #: Name in the checkpoint; of a `leave` action, which reads none, the live name.
     saved: str
     #: Name in the live model.
     name: str
@@ -51,15 +60,17 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
             stored tensor by name.
 
     Returns:
-        For each tensor of the live model one `load`, `copy` or `external`, and one `compare` for each further stored
-        tensor that the live model has under the same storage. Sorted by live name. What is stored of a tensor that
+        For each tensor of the live model one `load`, `copy`, `external` or `leave`, and one `compare` for each further
+        stored tensor that the live model has under the same storage. Sorted by live name. What is stored of a tensor that
         the live model shares with another model is compared, never loaded: that would overwrite the other model.
 
     Raises:
-        MissingTensorError: If nothing in the checkpoint holds a tensor of the model.
+        MissingTensorError: If nothing in the checkpoint holds a tensor of the model, and no plugin
+            (`tiepolicy_resolve`) says what to do.
         ShapeMismatchError: If what holds it has another shape.
         DtypeMismatchError: If what holds it has another dtype.
         ExternalOwnerError: If the model and the checkpoint know different tensors of another model by one name.
+        PluginError: If a plugin answers about a missing tensor what cannot be done.
     """
     stored = saved.stored() if isinstance(saved, TiePlan) else saved
     theirs = {tie.name: tie for tie in saved.external if tie.digest} if isinstance(saved, TiePlan) else {}
@@ -75,14 +86,15 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
         elif present:
             actions.append(Action(kind=ActionKind.LOAD, saved=present[0], name=name))
         else:
-            actions.append(_derive(name, members, plan, saved))
+            actions.append(_derive(name, members, plan, saved) or _resolve(name, plan, saved, stored))
         others = present[1:] + [alias.name for alias in plan.part_aliases(name) if alias.name in stored]
+        _check_filled(actions[-1], others)
         actions += [
             Action(kind=ActionKind.COMPARE, saved=other, name=other, note=f"one tensor with {name} in the model")
             for other in others
         ]
     for action in actions:
-        if action.external is None:
+        if action.kind not in (ActionKind.EXTERNAL, ActionKind.LEAVE):
             _check_fits(action, plan, stored)
     return sorted(actions, key=lambda action: (action.name, action.kind is ActionKind.COMPARE))
 
@@ -102,7 +114,7 @@ def _from_owner(name: str, mine: ExternalTie | None, theirs: ExternalTie | None)
     return Action(kind=ActionKind.EXTERNAL, saved=tie.owner_name, name=name, note=note, external=tie)
 
 
-def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> Action:
+def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> Action | None:
     """Find a tensor that is stored under another name only."""
     if isinstance(saved, TiePlan):
         for group in saved.groups:
@@ -115,7 +127,34 @@ def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mappi
             if partner in saved:
                 note = f"assumed one tensor with {partner} when saved, as {claimant} claims; both get its values"
                 return Action(kind=ActionKind.COPY, saved=partner, name=name, note=note)
-    raise MissingTensorError(_missing(name, plan, saved), names=[name])
+    return None
+
+
+def _resolve(
+    name: str, plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
+) -> Action:
+    """What the plugins say about a tensor that is not stored under any name; an error if they say nothing."""
+    refusals = [*plan.refused, *(saved.refused if isinstance(saved, TiePlan) else ())]
+    refused = tuple(str(refusal) for refusal in refusals if name in refusal.claim.names)
+    missing = Missing(name=name, spec=plan.tensors[name], stored=stored, refused=refused)
+    resolution = settle_missing(missing, plan.resolver)
+    if resolution is None:
+        raise MissingTensorError(_sentence(missing), names=[name])
+    if resolution.way is Way.LEAVE:
+        note = "it is not in the checkpoint, and a plugin leaves it as it is"
+        return Action(kind=ActionKind.LEAVE, saved=name, name=name, note=note)
+    note = f"it is not in the checkpoint, and a plugin takes the values of {resolution.name}"
+    return Action(kind=ActionKind.COPY, saved=resolution.name, name=name, note=note)
+
+
+def _check_filled(action: Action, others: list[str]) -> None:
+    """A tensor that is left as it is can hold nothing of what is stored of its parts."""
+    if action.kind is ActionKind.LEAVE and others:
+        raise PluginError(
+            f"tiepolicy_resolve leaves {action.name} as it is, but the checkpoint holds {' and '.join(others)}, "
+            "which is a part of it in the model. Nothing was loaded",
+            names=[action.name, *others],
+        )
 
 
 def _same_shaped_partners(name: str, plan: TiePlan) -> list[tuple[str, str]]:
@@ -129,13 +168,11 @@ def _same_shaped_partners(name: str, plan: TiePlan) -> list[tuple[str, str]]:
     ]
 
 
-def _missing(name: str, plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> str:
-    refusals = [*plan.refused, *(saved.refused if isinstance(saved, TiePlan) else ())]
-    claims = [str(refusal) for refusal in refusals if name in refusal.claim.names]
-    why = f" It cannot be derived from another tensor: {claims[0]}." if claims else ""
+def _sentence(missing: Missing) -> str:
+    why = f" It cannot be derived from another tensor: {missing.refused[0]}." if missing.refused else ""
     return (
-        f"{name} {plan.tensors[name].shape} is not in the checkpoint, under its own name or an alias.{why} Nothing was "
-        "loaded. Load a checkpoint that holds it, or initialise it and load the other names only"
+        f"{missing.name} {missing.spec.shape} is not in the checkpoint, under its own name or an alias.{why} Nothing "
+        "was loaded. Load a checkpoint that holds it, or initialise it and load the other names only"
     )
 
 

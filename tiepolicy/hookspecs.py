@@ -18,7 +18,7 @@ import pluggy
 from torch import nn
 
 from tiepolicy._claims import Claim
-from tiepolicy._conflict import Conflict, Resolution
+from tiepolicy._conflict import Conflict, Missing, Resolution
 from tiepolicy._observe import Facts
 from tiepolicy._plan import TiePlan
 from tiepolicy._verdicts import Verdict
@@ -74,18 +74,20 @@ def tiepolicy_canonical(group: tuple[str, ...], claims: tuple[Claim, ...], facts
 
 
 @hookspec(firstresult=True)
-def tiepolicy_resolve(conflict: Conflict) -> Resolution | None:
-    """Choose what becomes of two values of one tensor. The first answer that is not None counts.
+def tiepolicy_resolve(conflict: Conflict | Missing) -> Resolution | None:
+    """Choose what becomes of two values of one tensor, or of a missing one. The first answer that is not None counts.
 
     Asked where `TieConflictError` would be raised: by `TiePlan.compact`, `expand` and `retie`, by `tiepolicy.tie`, and
-    by loaders that find two values in a checkpoint.
+    by loaders that find two values in a checkpoint; and by `tiepolicy.reconcile` where `MissingTensorError` would be.
 
     Args:
-        conflict: The two names, and where their values differ.
+        conflict: The two names, and where their values differ; or the name that is missing, and what is stored.
 
     Returns:
-        `Resolution.keep(name)` with one of the two names, `Resolution.untie()` to keep both values apart, or None to
-        leave the decision to others, and the error if nobody decides.
+        About a `Conflict`, `Resolution.keep(name)` with one of the two names, or `Resolution.untie()` to keep both
+        values apart. About a `Missing`, `Resolution.take(name)` with the name of a stored tensor of its shape and
+        dtype, or `Resolution.leave()` to keep what the model has. Or None to leave the decision to others, and the
+        error if nobody decides.
     """
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiepolicy
-from models import TiedPair
-from tiepolicy import Conflict, Moment, Policy, Resolution, hookimpl
-from tiepolicy.errors import PluginError, TieConflictError
+from models import FlaggedPair, TiedPair
+from tiepolicy import Action, ActionKind, Conflict, Missing, Moment, Policy, Resolution, TensorSpec, hookimpl, reconcile
+from tiepolicy.errors import DtypeMismatchError, PluginError, ShapeMismatchError, TieConflictError
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -78,7 +78,9 @@ def test_without_an_answer_the_conflict_is_an_error():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (Resolution.keep("norm.weight"), "wants to keep 'norm.weight' where lm_head.weight and embed_tokens.weight"),
+        (Resolution.take(EMBED), "answers take 'embed_tokens.weight' where lm_head.weight and embed_tokens.weight"),
+        (Resolution.leave(), "answers leave where lm_head.weight and embed_tokens.weight differ; it may keep embed"),
+        (Resolution.keep("norm.weight"), "answers keep 'norm.weight' where lm_head.weight and embed_tokens.weight"),
         ("lm_head.weight", "answered tiepolicy_resolve with 'lm_head.weight', a str; expected a Resolution"),
     ],
 )
@@ -116,3 +118,85 @@ def test_loaders_ask_through_the_plan_they_have():
     assert HEAD == tiepolicy.settle(conflict, planned(Resolution.keep(HEAD)).resolver)
     with pytest.raises(TieConflictError, match="Nothing was loaded. Untie the model to keep both"):
         tiepolicy.settle(conflict, tiepolicy.plan(TiedPair()).resolver)
+
+
+SPEC = TensorSpec((12, 4), torch.float32)
+STORED = {EMBED: SPEC, "old_head.weight": SPEC, "wide.weight": TensorSpec((12, 5), torch.float32)}
+
+
+def reconciled(answer, stored, model=None):
+    return reconcile(Policy(plugins=[Answer(answer)]).plan(model or TiedPair(tied=False)), stored)
+
+
+def test_a_plugin_hears_which_name_is_missing_and_what_is_stored():
+    plugin = Answer(Resolution.leave())
+    reconcile(Policy(plugins=[plugin]).plan(TiedPair(tied=False)), STORED)
+    assert [Missing(name=HEAD, spec=SPEC, stored=STORED)] == plugin.asked
+
+
+def test_a_plugin_hears_which_claim_about_a_missing_name_was_refused():
+    class Claims:
+        @hookimpl
+        def tiepolicy_claims(self):
+            return [tiepolicy.Claim((EMBED, HEAD), "declared", "the flag")]
+
+    plugin = Answer(Resolution.leave())
+    model = FlaggedPair(flag=True, vocab_size=12, draft_vocab_size=8, hidden_size=4)
+    reconcile(Policy(plugins=[plugin, Claims()]).plan(model), STORED)
+    expected = (
+        "lm_head.weight (8, 4) and embed_tokens.weight (12, 4) cannot be one tensor: shapes differ; claimed by the flag"
+    )
+    assert [(HEAD, (expected,))] == [(missing.name, missing.refused) for missing in plugin.asked]
+
+
+def test_a_missing_tensor_may_be_taken_from_another_of_its_shape():
+    expected = Action(
+        kind=ActionKind.COPY,
+        saved="old_head.weight",
+        name=HEAD,
+        note="it is not in the checkpoint, and a plugin takes the values of old_head.weight",
+    )
+    assert expected in reconciled(Resolution.take("old_head.weight"), STORED)
+
+
+def test_a_missing_tensor_may_be_left_as_it_is_and_that_is_said():
+    expected = Action(
+        kind=ActionKind.LEAVE,
+        saved=HEAD,
+        name=HEAD,
+        note="it is not in the checkpoint, and a plugin leaves it as it is",
+    )
+    assert expected in reconciled(Resolution.leave(), STORED)
+
+
+def test_a_missing_tensor_is_never_taken_from_another_shape_or_dtype():
+    with pytest.raises(ShapeMismatchError, match=r"wide.weight, which stands for lm_head.weight, has shape \(12, 5\)"):
+        reconciled(Resolution.take("wide.weight"), STORED)
+    with pytest.raises(DtypeMismatchError, match="old_head.weight is torch.int8 in the checkpoint"):
+        reconciled(Resolution.take("old_head.weight"), STORED | {"old_head.weight": TensorSpec((12, 4), torch.int8)})
+
+
+@pytest.mark.parametrize("answer", [Resolution.take("nowhere"), Resolution.keep(EMBED), Resolution.untie()])
+def test_another_answer_about_a_missing_tensor_is_refused(answer):
+    with pytest.raises(PluginError) as caught:
+        reconciled(answer, STORED)
+    expected = (
+        f"tiepolicy_resolve answers {answer} for lm_head.weight (12, 4), which is not in the checkpoint; it may take "
+        "the values of a name that is stored, or leave the tensor as it is. Nothing was loaded"
+    )
+    assert expected == str(caught.value)
+
+
+def test_a_tensor_of_which_a_part_is_stored_cannot_be_left():
+    whole = torch.zeros(4)
+    plan = Policy(plugins=[Answer(Resolution.leave())]).plan({"whole": whole, "part": whole[:2]})
+    with pytest.raises(
+        PluginError, match="leaves whole as it is, but the checkpoint holds part, which is a part"
+    ):
+        reconcile(plan, {"part": TensorSpec((2,), torch.float32)})
+
+
+def test_nobody_is_asked_about_what_another_name_holds():
+    plugin = Answer(Resolution.leave())
+    reconcile(Policy(plugins=[plugin]).plan(TiedPair()), {HEAD: SPEC})
+    assert [] == plugin.asked

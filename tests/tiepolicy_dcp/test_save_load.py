@@ -188,6 +188,30 @@ def test_a_plugin_cannot_untie_a_live_model_by_loading(tmp_path):
         tiepolicy_dcp.load(tmp_path / "c", model=model, plan=Policy(plugins=[Unties()]).plan(model))
 
 
+class Embedding(torch.nn.Module):
+    """What a checkpoint without a head was made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(12, 4)
+
+
+@pytest.mark.parametrize("answer", [Resolution.take(EMBED), Resolution.leave()])
+def test_a_plugin_may_say_what_becomes_of_a_missing_tensor(tmp_path, answer):
+    class Says:
+        @hookimpl
+        def tiepolicy_resolve(self):
+            return answer
+
+    saved, model = Embedding(), TiedPair(tied=False)
+    before = model.lm_head.weight.clone()
+    tiepolicy_dcp.save(tmp_path / "c", model=saved)
+    tiepolicy_dcp.load(tmp_path / "c", model=model, plan=Policy(plugins=[Says()]).plan(model))
+    assert torch.equal(saved.embed_tokens.weight, model.embed_tokens.weight)
+    expected = saved.embed_tokens.weight if answer.name else before
+    assert torch.equal(expected, model.lm_head.weight)
+
+
 def test_two_stored_names_with_equal_bits_load_into_a_tie(tmp_path):
     untied = TiedPair(tied=False)
     untied.lm_head.weight.data.copy_(untied.embed_tokens.weight.data)
