@@ -7,6 +7,7 @@ from torch import nn
 
 from tiepolicy._claims import Claim as Claim
 from tiepolicy._claims import Source as Source
+from tiepolicy._companions import Companion as Companion
 from tiepolicy._conflict import Conflict as Conflict
 from tiepolicy._conflict import Missing as Missing
 from tiepolicy._conflict import Moment as Moment

@@ -1,4 +1,4 @@
-"""Step 26, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
+"""Step 28, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
 
 from dataclasses import dataclass
 

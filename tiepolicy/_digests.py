@@ -1,4 +1,4 @@
-"""Step 24, digests: the files of a checkpoint held against what was recorded of them when they were written."""
+"""Step 26, digests: the files of a checkpoint held against what was recorded of them when they were written."""
 
 import importlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Step 11, owners: tensors of a model that belong to another model, and how they are taken from there."""
+"""Step 13, owners: tensors of a model that belong to another model, and how they are taken from there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Step 31, laws: what holds for every plugin, as checks of one plugin on one model."""
+"""Step 34, laws: what holds for every plugin, as checks of one plugin on one model."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pluggy
@@ -12,7 +12,9 @@ from torch import nn
 from tiepolicy import hookspecs
 from tiepolicy._cases import tensors_of
 from tiepolicy._claims import Claim
+from tiepolicy._companions import Companion
 from tiepolicy._evidence import relate
+from tiepolicy._external import Owners
 from tiepolicy._observe import Facts, observe
 from tiepolicy._plan import TiePlan
 from tiepolicy._policy import Policy
@@ -31,6 +33,8 @@ class Trial:
     plugin: object
     source: Source
     claims: tuple[Claim, ...]
+    #: Other models that the model is planned with.
+    external: Owners | None = None
 
     @property
     def model(self) -> nn.Module | None:
@@ -57,7 +61,8 @@ class Trial:
 
     def plan(self) -> TiePlan:
         """The plan of a policy with the plugin and with the claims of others."""
-        return Policy(plugins=[self.plugin, _Claimant(self.claims)]).plan(self.source)
+        policy = Policy(plugins=[self.plugin, _Claimant(self.claims)])
+        return policy.plan(self.source, external=self.external, digests=self.external is not None)
 
 
 class _Claimant:
@@ -93,6 +98,10 @@ def _answers_fit(trial: Trial) -> str | None:
                 return f"tiepolicy_claims answered with {claim!r}, a {type(claim).__name__}; expected a Claim"
             if not all(isinstance(name, str) for name in claim.names):
                 return f"tiepolicy_claims claims {claim.names!r}; names are strings"
+    for answer in hooks.tiepolicy_companions(model=trial.model, facts=facts):
+        for companion in answer:
+            if not isinstance(companion, Companion):
+                return f"tiepolicy_companions answered with {companion!r}; expected a Companion"
     for pair in trial.all_pairs(facts):
         verdict = hooks.tiepolicy_decide(claim=pair, facts=facts)
         if not isinstance(verdict, Verdict | None):
@@ -112,7 +121,7 @@ def _changes_nothing(trial: Trial) -> str | None:
     for pair in [*trial.claims, *storage_claims(facts)]:
         for two in pair.pairs():
             hooks.tiepolicy_decide(claim=two, facts=facts)
-    plan = Policy().plan(trial.source)
+    plan = Policy().plan(trial.source, external=trial.external)
     for group in plan.groups:
         hooks.tiepolicy_canonical(group=tuple(sorted(group.names)), claims=(), facts=facts)
     manifest = plan.to_manifest()
@@ -131,7 +140,7 @@ def _ignores_order(trial: Trial) -> str | None:
     if trial.plan() != first:
         return "planning one model twice gave two plans"
     with _reversed(trial.source) as source:
-        turned = Trial(plugin=trial.plugin, source=source, claims=tuple(reversed(trial.claims)))
+        turned = replace(trial, source=source, claims=tuple(reversed(trial.claims)))
         again = turned.plan()
     if again != first:
         return f"with the names in another order the plan is another:\n{first}\nand\n{again}"
@@ -174,7 +183,7 @@ def _loses_nothing(trial: Trial) -> str | None:
     except TiePolicyError as error:
         return str(error)
     tensors = tensors_of(trial.source)
-    expanded = plan.expand(plan.compact(tensors))
+    expanded = plan.expand(plan.compact(tensors), external=trial.external)
     for name, tensor in tensors.items():
         if name not in expanded:
             return f"{name} is not rebuilt from the compact state"

@@ -1,4 +1,4 @@
-"""Step 14, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
+"""Step 16, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
 
 A name in a manifest may become part of a path or a line in a log, so it holds no path separator and no control
 character; a plan with such names works, but has no manifest. A key that this version does not know is refused: what it
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tiepolicy._claims import Claim
+from tiepolicy._companions import Companion
 from tiepolicy._evidence import View
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
@@ -29,7 +30,13 @@ MAX_DIMS = 64
 MAX_BYTES = 256 * 1024 * 1024
 _MAX_SIZE = 2**63 - 1
 
-Parts = tuple[dict[str, TensorSpec], tuple[TieGroup, ...], tuple[RefusedClaim, ...], tuple[ExternalTie, ...]]
+Parts = tuple[
+    dict[str, TensorSpec],
+    tuple[TieGroup, ...],
+    tuple[RefusedClaim, ...],
+    tuple[ExternalTie, ...],
+    tuple[Companion, ...],
+]
 
 
 def write(
@@ -37,6 +44,7 @@ def write(
     groups: Sequence[TieGroup],
     refused: Sequence[RefusedClaim],
     external: Sequence[ExternalTie],
+    companions: Sequence[Companion],
 ) -> dict[str, Any]:
     """The parts of a plan as JSON-ready values."""
     written: dict[str, Any] = {
@@ -51,6 +59,8 @@ def write(
     }
     if external:
         written["external"] = [_write_external(tie) for tie in external]
+    if companions:
+        written["companions"] = [{"name": companion.name, "of": list(companion.of)} for companion in companions]
     return written
 
 
@@ -70,12 +80,13 @@ def read(manifest: Mapping[str, Any] | str | bytes) -> Parts:
         )
     try:
         parts = _read_parts(values)
+        _check_groups(parts[0], parts[1])
+        _check_external(parts)
+        _check_companions(parts[0], parts[4])
     except ManifestError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ManifestError(f"the manifest is malformed: {type(error).__name__}: {error}") from error
-    _check_groups(parts[0], parts[1])
-    _check_external(parts)
     return parts
 
 
@@ -118,14 +129,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_parts(values: Mapping[str, Any]) -> Parts:
-    _check_keys(values, ("format", "version", "tensors", "groups", "refused"), optional=("external",))
+    _check_keys(values, ("format", "version", "tensors", "groups", "refused"), optional=("external", "companions"))
     if max(len(values[key]) for key in ("tensors", "groups", "refused")) > MAX_TENSORS:
         raise ManifestError(f"the manifest lists more than {MAX_TENSORS} tensors, groups or refused claims")
     check_names(values["tensors"])
     tensors = {name: _read_spec(spec) for name, spec in values["tensors"].items()}
     groups = tuple(_read_group(group) for group in values["groups"])
     refused = tuple(_read_refused(refusal) for refusal in values["refused"])
-    return tensors, groups, refused, tuple(_read_external(tie) for tie in values.get("external", ()))
+    external = tuple(_read_external(tie) for tie in values.get("external", ()))
+    companions = tuple(_read_companion(entry) for entry in values.get("companions", ()))
+    return tensors, groups, refused, external, companions
 
 
 def _read_group(entry: Mapping[str, Any]) -> TieGroup:
@@ -216,6 +229,13 @@ def _read_external(entry: Mapping[str, Any]) -> ExternalTie:
     )
 
 
+def _read_companion(entry: Mapping[str, Any]) -> Companion:
+    _check_keys(entry, ("name", "of"))
+    if not isinstance(entry["of"], list) or not entry["of"]:
+        raise ManifestError(f"the manifest has {entry['name']!r} for the companion of no tensor")
+    return Companion(entry["name"], tuple(entry["of"]))
+
+
 def _read_spec(entry: Sequence[Any]) -> TensorSpec:
     shape, dtype_name = entry
     dtype = getattr(torch, dtype_name, None)
@@ -248,7 +268,7 @@ def _check_groups(tensors: Mapping[str, TensorSpec], groups: Sequence[TieGroup])
 
 
 def _check_external(parts: Parts) -> None:
-    tensors, groups, _, external = parts
+    tensors, groups, _, external, _ = parts
     stored = set(tensors) - {alias.name for group in groups for alias in group.aliases}
     for tie in external:
         if tie.name not in stored:
@@ -259,6 +279,20 @@ def _check_external(parts: Parts) -> None:
         stored.discard(tie.name)
         spec = TensorSpec(tie.shape, tie.dtype)
         _check_fits(f"a tensor of {tie.source}", tie.name, spec, tie.view, tensors[tie.name])
+
+
+def _check_companions(tensors: Mapping[str, TensorSpec], companions: Sequence[Companion]) -> None:
+    seen: set[str] = set()
+    for companion in companions:
+        for name in (companion.name, *companion.of):
+            if name not in tensors:
+                raise ManifestError(
+                    f"the manifest makes {name!r} a companion or gives it one, which is none of its tensors",
+                    names=[str(name)],
+                )
+        if companion.name in seen:
+            raise ManifestError(f"the manifest names the companion {companion.name!r} twice", names=[companion.name])
+        seen.add(companion.name)
 
 
 def _check_fits(what: str, name: str, owner: TensorSpec, view: View | None, spec: TensorSpec) -> None:

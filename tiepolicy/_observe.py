@@ -59,6 +59,14 @@ class Facts(Mapping[str, TensorFact]):
         """The tensor that a fact is about."""
         return self._tensors[name]
 
+    def buffers(self) -> Collection[str]:
+        """The names of the persistent buffers."""
+        return self._buffers
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a name is that of a persistent buffer."""
+        return name in self._buffers
+
     def names_of(self, tensor: torch.Tensor) -> list[str]:
         """The names of one tensor object, sorted."""
         if self._names_by_object is None:

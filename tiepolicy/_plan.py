@@ -1,4 +1,4 @@
-"""Step 15, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
+"""Step 17, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
 
 import functools
 import hashlib
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tiepolicy import _manifest, _table
+from tiepolicy._companions import Companion
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle, unresolved
 from tiepolicy._evidence import relate, view_within
 from tiepolicy._external import ExternalTie, Owners, check_digest, take
@@ -38,6 +39,8 @@ class TiePlan:
     refused: tuple[RefusedClaim, ...]
     #: Stored names whose tensors belong to other models, sorted by name.
     external: tuple[ExternalTie, ...] = ()
+    #: Tensors that others cannot be used without, sorted by name.
+    companions: tuple[Companion, ...] = ()
     #: Who is asked where tied names hold different values; no part of what the plan says.
     resolver: Resolver = unresolved
 
@@ -62,14 +65,16 @@ class TiePlan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TiePlan):
             return NotImplemented
-        mine, theirs = ((plan.groups, plan.refused, plan.external) for plan in (self, other))
+        mine, theirs = ((plan.groups, plan.refused, plan.external, plan.companions) for plan in (self, other))
         return mine == theirs and dict(self.tensors) == dict(other.tensors)
 
     def __hash__(self) -> int:
-        return hash((self.groups, self.refused, self.external))
+        return hash((self.groups, self.refused, self.external, self.companions))
 
     def __str__(self) -> str:
-        return _table.render(self.tensors, self.groups, self.refused, self.external, bytes_saved=self.bytes_saved)
+        return _table.render(
+            self.tensors, self.groups, self.refused, self.external, self.companions, bytes_saved=self.bytes_saved
+        )
 
     @property
     def bytes_saved(self) -> int:
@@ -241,7 +246,7 @@ class TiePlan:
         return self._written()
 
     def _written(self) -> dict[str, Any]:
-        return _manifest.write(self.tensors, self.groups, self.refused, self.external)
+        return _manifest.write(self.tensors, self.groups, self.refused, self.external, self.companions)
 
     @staticmethod
     def from_manifest(manifest: Mapping[str, Any] | str | bytes) -> "TiePlan":
@@ -250,8 +255,8 @@ class TiePlan:
         Raises:
             ManifestError: If it is malformed, contradicts itself, or is of a newer version.
         """
-        tensors, groups, refused, external = _manifest.read(manifest)
-        return TiePlan(tensors=tensors, groups=groups, refused=refused, external=external)
+        tensors, groups, refused, external, companions = _manifest.read(manifest)
+        return TiePlan(tensors=tensors, groups=groups, refused=refused, external=external, companions=companions)
 
     def _kept(
         self, state_dict: Mapping[str, torch.Tensor], group: TieGroup, alias: Alias, moment: Moment

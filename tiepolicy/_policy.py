@@ -1,28 +1,28 @@
-"""Step 18, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+"""Step 20, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pluggy
 import torch
 from torch import nn
 
-from tiepolicy import _rules, hookspecs
-from tiepolicy._claims import Claim, Source
+from tiepolicy import _claims, _rules, hookspecs
+from tiepolicy._claims import Claim
+from tiepolicy._companions import Companion, companions_by_shape, joined
 from tiepolicy._conflict import Conflict, Missing, Moment, Resolution, unresolved
-from tiepolicy._evidence import relate, view_within
+from tiepolicy._evidence import relate
 from tiepolicy._external import ExternalTie, Owners, find_external
-from tiepolicy._facts import TensorFact
 from tiepolicy._groups import Alias, RefusedClaim, TieGroup, group_by_memory
+from tiepolicy._joining import group_of, join, owners_of, pairs_of, without_accepted
 from tiepolicy._observe import Facts, observe
 from tiepolicy._plan import TiePlan
 from tiepolicy._retie import Keep, share
 from tiepolicy._verdicts import Reason, Verdict
 from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
 
-#: Relations in which one tensor is the whole of the other.
-_EXACT = (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
+Source = nn.Module | Mapping[str, torch.Tensor]
 
 
 class Policy:
@@ -51,7 +51,7 @@ class Policy:
 
     def plan(
         self,
-        source: nn.Module | Mapping[str, torch.Tensor],
+        source: Source,
         *,
         external: Owners | None = None,
         digests: bool = False,
@@ -75,12 +75,13 @@ class Policy:
         facts = observe(source)
         claims = self._plugin_claims(source if isinstance(source, nn.Module) else None, facts)
         settled, unsettled = self._settle(claims, facts)
-        accepted, refused = self._judge(_pairs([*claims, *_rules.claims_of(unsettled, facts)]), facts)
+        accepted, refused = self._judge(pairs_of([*claims, *_rules.claims_of(unsettled, facts)]), facts)
         groups = tuple(sorted([*settled, *self._groups(accepted, facts)], key=_name_of))
         plan = TiePlan(
             tensors=facts.specs(),
             groups=groups,
-            refused=_without_accepted(refused, groups),
+            refused=without_accepted(refused, groups),
+            companions=self._companions(source, facts),
             external=_external(facts, groups, external, digests=digests),
             resolver=self.resolve if self._plugins_answer("tiepolicy_resolve") else unresolved,
         )
@@ -107,12 +108,12 @@ class Policy:
         """
         facts = observe(model)
         claims = [*self._plugin_claims(model, facts), *_rules.tiepolicy_claims(facts)]
-        accepted, refused = self._judge(_pairs(claims), facts)
+        accepted, refused = self._judge(pairs_of(claims), facts)
         possible = [refusal.claim for refusal in refused if _is_possible(refusal, facts)]
         wanted = {name for claim in possible for name in claim.names}
         groups = [
             self._wished(names, claims, facts)
-            for names, claims in _join([*accepted, *possible])
+            for names, claims in join([*accepted, *possible])
             if not wanted.isdisjoint(names)
         ]
         share(
@@ -160,6 +161,22 @@ class Policy:
             self._check_type("tiepolicy_claims", claim, Claim)
         return claims
 
+    def _companions(self, source: Source, facts: Facts) -> tuple[Companion, ...]:
+        """What the built-in rule and the plugins call the companion of a tensor."""
+        model = source if isinstance(source, nn.Module) else None
+        companions = companions_by_shape(facts)
+        for answer in self._ask("tiepolicy_companions", model=model, facts=facts):
+            for companion in answer:
+                self._check_type("tiepolicy_companions", companion, Companion)
+                absent = [name for name in (companion.name, *companion.of) if name not in facts]
+                if absent or not companion.of:
+                    raise PluginError(
+                        f"a plugin answered tiepolicy_companions with {companion}, but "
+                        + (f"{absent[0]} is not in the model" if absent else "it belongs to nothing")
+                    )
+                companions.append(companion)
+        return joined(companions)
+
     def _settle(self, claims: list[Claim], facts: Facts) -> tuple[list[TieGroup], list[tuple[str, ...]]]:
         """The groups that memory alone settles, and the sets of names that meet in memory and have to be judged.
 
@@ -200,13 +217,13 @@ class Policy:
     def _groups(self, accepted: list[Claim], facts: Facts) -> list[TieGroup]:
         """What accepted claims connect, each set of names with one that contains all others."""
         groups = []
-        for names, claims in _join(accepted):
-            owners, relations = _owners(names, facts)
+        for names, claims in join(accepted):
+            owners, relations = owners_of(names, facts)
             # A part of two tensors that only overlap may truly be claimed of both; its storage claim settles whose.
-            settled = [claim for claim in claims if claim.source is Source.STORAGE]
+            settled = [claim for claim in claims if claim.source is _claims.Source.STORAGE]
             if owners:
                 canonical = self._canonical(names, owners, claims, facts)
-                groups.append(_group(canonical, names, relations if canonical == owners[0] else {}, facts))
+                groups.append(group_of(canonical, names, relations if canonical == owners[0] else {}, facts))
             elif len(settled) < len(claims):
                 groups += self._groups(settled, facts)
             else:
@@ -292,77 +309,6 @@ def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts) -> None:
     )
 
 
-def _pairs(claims: Iterable[Claim]) -> list[Claim]:
-    """The claims as claims of two names, each once, in an order of their own."""
-    pairs = {pair for claim in claims for pair in claim.pairs()}
-    return sorted(pairs, key=lambda claim: (claim.names, claim.source, claim.detail))
-
-
-def _join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]]:
-    """Sets of names that accepted claims connect, with their claims (disjoint-set union)."""
-    parent: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for claim in claims:
-        first, second = map(find, claim.names)
-        parent[max(first, second)] = min(first, second)
-    names: dict[str, list[str]] = {}
-    claims_of: dict[str, list[Claim]] = {}
-    for name in parent:
-        names.setdefault(find(name), []).append(name)
-    for claim in claims:
-        claims_of.setdefault(find(claim.names[0]), []).append(claim)
-    return [(tuple(sorted(names[root])), tuple(claims_of[root])) for root in names]
-
-
-def _owners(names: Sequence[str], facts: Facts) -> tuple[tuple[str, ...], dict[str, Reason]]:
-    """The names from which every other can be rebuilt: the longest tensor and its exact doubles; none if none can.
-
-    Returns:
-        The names, sorted, and how every name relates to the first of them, where that was looked at.
-    """
-    members = [facts[name] for name in names]
-    if len({fact.object_id for fact in members}) == 1:
-        return tuple(sorted(names)), dict.fromkeys(names, Reason.SAME_OBJECT)
-    longest = max(fact.extent for fact in members)
-    # Whatever contains a view is dense; looking there first finds the owner at once.
-    long = sorted((fact for fact in members if fact.extent == longest), key=_is_strided)
-    for owner in long:
-        relations = {fact.name: relate(owner, fact) for fact in members}
-        if all(reason.proves_alias for reason in relations.values()):
-            return tuple(sorted(name for name, reason in relations.items() if reason in _EXACT)), relations
-    return (), {}
-
-
-def _group(canonical: str, names: Sequence[str], relations: Mapping[str, Reason], facts: Facts) -> TieGroup:
-    """The group of tied names.
-
-    Args:
-        canonical: The name to store.
-        names: All names, sorted.
-        relations: How they relate to the canonical one, as far as it is known.
-        facts: What was seen of them.
-    """
-    owner = facts[canonical]
-    aliases = []
-    for name in names:
-        if name != canonical:
-            reason = relations[name] if name in relations else relate(owner, facts[name])
-            view = view_within(owner, facts[name]) if reason is Reason.VIEW_OF else None
-            aliases.append(Alias(name=name, reason=reason, view=view))
-    return TieGroup(canonical=canonical, aliases=tuple(aliases))
-
-
-def _is_strided(fact: TensorFact) -> bool:
-    return not fact.is_dense
-
-
 def _is_possible(refusal: RefusedClaim, facts: Facts) -> bool:
     """Whether nothing but separate memory is in the way of a claim, by the verdict and by the facts."""
     own = _rules.tiepolicy_decide(refusal.claim, facts)
@@ -381,18 +327,6 @@ def _external(
 
 def _shapes(claim: Claim, facts: Facts) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(facts[name].shape if name in facts else None for name in claim.names)
-
-
-def _without_accepted(refused: list[RefusedClaim], groups: tuple[TieGroup, ...]) -> tuple[RefusedClaim, ...]:
-    """Drop refusals of what another claim proved."""
-    if not refused:
-        return ()
-    group_of = {name: group.canonical for group in groups for name in group.names}
-    return tuple(
-        refusal
-        for refusal in refused
-        if (first := group_of.get(refusal.claim.names[0])) is None or first != group_of.get(refusal.claim.names[1])
-    )
 
 
 def _name_of(group: TieGroup) -> str:

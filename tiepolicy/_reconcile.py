@@ -1,4 +1,4 @@
-"""Step 19, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
+"""Step 21, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,12 +61,12 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
 
     Returns:
         For each tensor of the live model one `load`, `copy`, `external` or `leave`, and one `compare` for each further
-        stored tensor that the live model has under the same storage. Sorted by live name. What is stored of a tensor that
-        the live model shares with another model is compared, never loaded: that would overwrite the other model.
+        stored tensor that the live model has under the same storage. Sorted by live name. What is stored of a tensor
+        that the live model shares with another model is compared, never loaded: that would overwrite the other model.
 
     Raises:
-        MissingTensorError: If nothing in the checkpoint holds a tensor of the model, and no plugin
-            (`tiepolicy_resolve`) says what to do.
+        MissingTensorError: If nothing in the checkpoint holds a tensor of the model, or the model has no place for a
+            companion of its tensors, and no plugin (`tiepolicy_resolve`) says what to do.
         ShapeMismatchError: If what holds it has another shape.
         DtypeMismatchError: If what holds it has another dtype.
         ExternalOwnerError: If the model and the checkpoint know different tensors of another model by one name.
@@ -93,6 +93,8 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
             Action(kind=ActionKind.COMPARE, saved=other, name=other, note=f"one tensor with {name} in the model")
             for other in others
         ]
+    if isinstance(saved, TiePlan):
+        _check_companions(plan, saved)
     for action in actions:
         if action.kind not in (ActionKind.EXTERNAL, ActionKind.LEAVE):
             _check_fits(action, plan, stored)
@@ -139,7 +141,7 @@ def _resolve(
     missing = Missing(name=name, spec=plan.tensors[name], stored=stored, refused=refused)
     resolution = settle_missing(missing, plan.resolver)
     if resolution is None:
-        raise MissingTensorError(_sentence(missing), names=[name])
+        raise MissingTensorError(_sentence(missing, plan), names=[name])
     if resolution.way is Way.LEAVE:
         note = "it is not in the checkpoint, and a plugin leaves it as it is"
         return Action(kind=ActionKind.LEAVE, saved=name, name=name, note=note)
@@ -168,8 +170,28 @@ def _same_shaped_partners(name: str, plan: TiePlan) -> list[tuple[str, str]]:
     ]
 
 
-def _sentence(missing: Missing) -> str:
+def _check_companions(plan: TiePlan, saved: TiePlan) -> None:
+    """A part of a model needs the companions of what it has, whoever else may have them too."""
+    for companion in saved.companions:
+        needed_by = [name for name in companion.of if name in plan.tensors]
+        if not needed_by or companion.name in plan.tensors:
+            continue
+        missing = Missing(name=companion.name, spec=saved.tensors[companion.name], stored=saved.stored())
+        resolution = plan.resolver(missing)
+        if resolution is None or resolution.way is not Way.LEAVE:
+            raise MissingTensorError(
+                f"the checkpoint holds {missing.name} {missing.spec.shape}, which tells the rows of "
+                f"{' and '.join(needed_by)}, and the model has no tensor of that name: it would load them and mean "
+                "something else by each row. Nothing was loaded. Build the model with it, as a persistent buffer",
+                names=[missing.name, *needed_by],
+            )
+
+
+def _sentence(missing: Missing, plan: TiePlan) -> str:
     why = f" It cannot be derived from another tensor: {missing.refused[0]}." if missing.refused else ""
+    for companion in plan.companions:
+        if companion.name == missing.name:
+            why += f" Without it the rows of {' and '.join(companion.of)} cannot be told."
     return (
         f"{missing.name} {missing.spec.shape} is not in the checkpoint, under its own name or an alias.{why} Nothing "
         "was loaded. Load a checkpoint that holds it, or initialise it and load the other names only"

@@ -1,4 +1,4 @@
-"""Step 12, tying: names of a live module become one tensor, once it is known that no value is lost."""
+"""Step 14, tying: names of a live module become one tensor, once it is known that no value is lost."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple

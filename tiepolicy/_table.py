@@ -1,7 +1,8 @@
-"""Step 13, showing: a plan as a table for people, at most 100 columns wide where the names allow it."""
+"""Step 15, showing: a plan as a table for people, at most 100 columns wide where the names allow it."""
 
 from collections.abc import Mapping, Sequence
 
+from tiepolicy._companions import Companion
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import RefusedClaim, TieGroup
@@ -15,10 +16,11 @@ def render(
     groups: Sequence[TieGroup],
     refused: Sequence[RefusedClaim],
     external: Sequence[ExternalTie] = (),
+    companions: Sequence[Companion] = (),
     *,
     bytes_saved: int,
 ) -> str:
-    """The groups with what each saves, then what other models own, then every refused claim as a sentence."""
+    """The groups with what each saves, what other models own, companions, and every refused claim as a sentence."""
     counts = f"{count(len(tensors), 'tensor')}, {count(len(groups), 'tied group')}"
     parts = [f"{counts} ({format_bytes(bytes_saved)} saved), {count(len(refused), 'claim')} refused"]
     if groups:
@@ -28,6 +30,8 @@ def render(
     if external:
         rows = [("belongs to", "name here", "shape", "dtype", "digest")]
         parts.append(columns(rows + [_external_row(tie, tensors) for tie in external]))
+    if companions:
+        parts.append("\n".join(["companions", *(f"  {companion}" for companion in companions)]))
     if refused:
         parts.append("\n".join(["refused", *(f"  {refusal}" for refusal in refused)]))
     return "\n\n".join(parts)

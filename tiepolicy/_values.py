@@ -1,4 +1,4 @@
-"""Step 9, values: the only functions that touch the elements of tensors, to rebuild a view and to compare two."""
+"""Step 11, values: the only functions that touch the elements of tensors, to rebuild a view and to compare two."""
 
 import hashlib
 

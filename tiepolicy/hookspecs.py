@@ -1,4 +1,4 @@
-"""Step 16, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
+"""Step 18, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
 
 A plugin is any object or module with functions of these names:
 
@@ -18,6 +18,7 @@ import pluggy
 from torch import nn
 
 from tiepolicy._claims import Claim
+from tiepolicy._companions import Companion
 from tiepolicy._conflict import Conflict, Missing, Resolution
 from tiepolicy._observe import Facts
 from tiepolicy._plan import TiePlan
@@ -56,6 +57,22 @@ def tiepolicy_decide(claim: Claim, facts: Facts) -> Verdict | None:
 
     Returns:
         A verdict, or None to leave the decision to others.
+    """
+
+
+@hookspec
+def tiepolicy_companions(model: nn.Module | None, facts: Facts) -> Iterable[Companion] | None:
+    """State which tensors others cannot be used without. All answers count; none can take one back.
+
+    The built-in rule knows persistent buffers of integers or truth values with one entry for each row of parameters in
+    their module. Nothing may be loaded into a model that has the others and not their companion.
+
+    Args:
+        model: The module that is planned, or None if a mapping of tensors is.
+        facts: What was seen of each tensor, by name.
+
+    Returns:
+        Companions of names that are in the model, or None for none.
     """
 
 

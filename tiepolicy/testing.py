@@ -1,4 +1,4 @@
-"""Step 32, for authors of plugins: models to test with, and a check of the laws. Needs `tiepolicy[testing]`.
+"""Step 35, for authors of plugins: models to test with, and a check of the laws. Needs `tiepolicy[testing]`.
 
 from tiepolicy.testing import check_plugin
 
@@ -103,11 +103,12 @@ def _check_law(
 
 @st.composite
 def _trials(draw: st.DrawFn, plugin: object, own: st.SearchStrategy[nn.Module] | None) -> Trial:
-    kinds: list[st.SearchStrategy[nn.Module | Mapping[str, torch.Tensor]]] = [models(), state_dicts()]
-    source = draw(st.one_of(*([] if own is None else [own]), *kinds))
+    alone: list[st.SearchStrategy[nn.Module | Mapping[str, torch.Tensor]]] = [models(), state_dicts()]
+    sources = [case.map(lambda source: (source, None)) for case in ([own] if own is not None else []) + alone]
+    source, external = draw(st.one_of(*sources, external_models()))
     names = sorted(tensors_of(source))
     drawn = draw(st.lists(claims(names=names), max_size=3))
-    return Trial(plugin=plugin, source=source, claims=tuple(drawn))
+    return Trial(plugin=plugin, source=source, claims=tuple(drawn), external=external)
 
 
 def _tell(trial: Trial, problem: str) -> str:
@@ -116,4 +117,6 @@ def _tell(trial: Trial, problem: str) -> str:
     kind = type(trial.source).__name__ if isinstance(trial.source, nn.Module) else "a mapping"
     claimed = [f"  {' and '.join(claim.names)} ({claim.detail or claim.source})" for claim in trial.claims]
     parts = [f"{problem}", f"the smallest model found is {kind}:", *lines]
+    if trial.external is not None:
+        parts.append(f"planned with the model {' and '.join(trial.external)}, which may own some of these")
     return "\n".join([*parts, *(["with the claims of others:", *claimed] if claimed else [])])

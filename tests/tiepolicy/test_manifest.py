@@ -78,6 +78,7 @@ def alias_with(**changes):
         (alias_with(reason="view-of", view=[[12, 4], [4], 0]), r"a view of shape \(12, 4\) with the strides \(4,\)"),
         (edited(groups=[GROUP, GROUP]), "ties 'embed_tokens.weight' twice"),
         (edited(groups=[GROUP | {"canonical": "gone"}]), "ties 'gone', which is none of its tensors"),
+        (edited(groups=[GROUP | {"canonical": ["gone"]}]), "malformed: TypeError"),
         (edited(tensors={"a": [[2], "float33"]}), "names a dtype 'float33'"),
         (edited(tensors={"a": [[-2], "float32"]}), "-2 is no size"),
         (edited(tensors={"a": [2]}), "malformed"),

@@ -190,9 +190,7 @@ def test_another_answer_about_a_missing_tensor_is_refused(answer):
 def test_a_tensor_of_which_a_part_is_stored_cannot_be_left():
     whole = torch.zeros(4)
     plan = Policy(plugins=[Answer(Resolution.leave())]).plan({"whole": whole, "part": whole[:2]})
-    with pytest.raises(
-        PluginError, match="leaves whole as it is, but the checkpoint holds part, which is a part"
-    ):
+    with pytest.raises(PluginError, match="leaves whole as it is, but the checkpoint holds part, which is a part"):
         reconcile(plan, {"part": TensorSpec((2,), torch.float32)})
 
 
