@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import Action, Owners, TensorSpec, TiePlan, reconcile, take, view_of
+from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
 from tiepolicy_dcp._digests import Verify, check_files, read_digests
@@ -183,6 +183,8 @@ def _read(
     parts: list[tuple[Action, torch.Tensor]] = []
     specs = found.stored.specs("model.")
     for action in model_actions:
+        if action.kind is ActionKind.LEAVE:
+            continue
         if action.external is not None:
             live[action.name] = _placed(found.taken[action.name], live.get(action.name))
             continue
