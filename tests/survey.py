@@ -98,8 +98,6 @@ E04
 
 E01
 T60 T61 T62 T71 T74
-
-T63 T68
 """
 
 NO_TEST_YET = frozenset(_NO_TEST_YET.split())

@@ -56,10 +56,11 @@ def settle_model(
         pairs[action] = _Pair(first, owner, f"model.{action.saved}", views.get(action.name))
     for action, difference in _differences(stored, pairs).items():
         name = plan.canonical(action.name)
-        whole = action.name in {alias.name for alias in plan.whole_aliases(name)} and name not in taken
-        conflict = Conflict(
-            canonical=fill[name].saved, alias=action.saved, difference=difference, moment=Moment.LOAD, whole=whole
-        )
+        tie = fill[name].external
+        # The value of an alias may be kept only if that writes to no other model and leaves no rest.
+        whole = tie is None and action.name in {alias.name for alias in plan.whole_aliases(name)}
+        first = fill[name].saved if tie is None else tie.source
+        conflict = Conflict(canonical=first, alias=action.saved, difference=difference, moment=Moment.LOAD, whole=whole)
         if _kept(conflict, plan) == action.saved:
             fill[name] = replace(fill[name], kind=ActionKind.LOAD, saved=action.saved, view=None)
     return list(fill.values())

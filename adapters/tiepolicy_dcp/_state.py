@@ -49,6 +49,9 @@ class Group(NamedTuple):
 class ModelState(Stateful):
     """A model's parameters and persistent buffers, for `dcp.save({"model": ModelState(model)})` and `dcp.load`.
 
+    A plain `dcp.load` reads the canonical name of a tie and looks at no other: whether a checkpoint of an untied model
+    holds two values, it cannot tell. `tiepolicy_dcp.load` compares them.
+
     Args:
         model: Any module; names lose the prefixes of wrappers.
         plan: The model's plan; made by the default policy if not given.

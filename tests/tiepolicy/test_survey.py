@@ -379,3 +379,36 @@ def test_a_prefix_on_one_of_two_names_hides_no_tie(compiled):
     if compiled:
         model.embed_tokens = torch.compile(model.embed_tokens)
     assert [(EMBED, HEAD)] == [group.names for group in tiepolicy.plan(model).groups]
+
+
+# 7. Where memory proves nothing
+
+
+def one_group_by_address(model):
+    """What a rule that trusts addresses makes of a model."""
+    return {parameter.data_ptr() for parameter in model.parameters()}
+
+
+@pytest.mark.survey("T63")
+@pytest.mark.parametrize("without_memory", ["meta", "partitioned"])
+def test_addresses_would_tie_everything_where_there_is_no_memory_and_identity_does_not(without_memory):
+    """`partitioned` is how ZeRO-3 leaves parameters: real, and empty."""
+    if without_memory == "meta":
+        with torch.device("meta"):
+            model = nn.ModuleDict({"tied": TiedPair(), "apart": TiedPair(tied=False)})
+    else:
+        model = nn.ModuleDict({"tied": TiedPair(), "apart": TiedPair(tied=False)})
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+    assert {0} == one_group_by_address(model)
+    assert [(f"tied.{EMBED}", f"tied.{HEAD}")] == [group.names for group in tiepolicy.plan(model).groups]
+
+
+@pytest.mark.survey("T68")
+def test_parameters_without_elements_are_tied_by_object_and_stored():
+    empty = torch.zeros(0, 4)
+    model = views(a=empty, b=torch.zeros(0, 4))
+    model.c = model.a
+    plan = tiepolicy.plan(model)
+    assert [("a", "c")] == [group.names for group in plan.groups]
+    assert {"a", "b"} == set(load_bytes(save_bytes(plan.compact(model.state_dict()))))
