@@ -11,7 +11,6 @@ from typing import Any, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers.utils import logging as transformers_logging
 
 from eagle3.config import RunConfig
@@ -55,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = _choose(arguments)
         return command.run(read_settings(command.settings, _named(command, arguments[1:])))
     except (Eagle3Error, TiePolicyError) as error:
-        return _report(error)
+        # Under torchrun, every process meets it.
+        with joined() as ranks:
+            ranks.report(str(error))
+        return 2
 
 
 def _train(config: RunConfig) -> int:
@@ -73,10 +75,7 @@ def _together(work: Callable[[Ranks], None]) -> int:
         try:
             work(ranks)
         except (Eagle3Error, TiePolicyError) as error:
-            if ranks.speaks(str(error)):
-                _report(error, prefix="" if ranks.is_first else f"process {ranks.rank}: ")
-            # For torchrun's own report, which otherwise says only that a process failed.
-            get_error_handler().record_exception(error)
+            ranks.report(str(error))
             return 2
     return 0
 
@@ -173,11 +172,6 @@ def _help_parser() -> ArgumentParser:
         add_settings(own, command.settings)
         subcommands.add_subcommand(name, own, help=command.help)
     return parser
-
-
-def _report(error: Exception, *, prefix: str = "") -> int:
-    print(f"eagle3: error: {prefix}{error}", file=sys.stderr)  # noqa: T201 - what a command line is for
-    return 2
 
 
 def _log_to_stderr(ranks: Ranks) -> None:

@@ -1,11 +1,15 @@
 """Step 12: the processes that train together, how the draft is spread over them, and what they exchange."""
 
 import inspect
+import json
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -62,22 +66,37 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def speaks(self, sentence: str, *, patience: timedelta = timedelta(seconds=10)) -> bool:
-        """Whether this process is to print the sentence it ends with.
+    def report(self, sentence: str, *, patience: timedelta = timedelta(seconds=20)) -> None:
+        """Print to standard error why this process ends, and leave it for torchrun's own report.
 
         What is wrong with the input is wrong in every process, and reads best once: the first always speaks, and the
         others only where the first says something else, or nothing while they wait.
         """
-        if self.store is None:
-            return True
-        if self.is_first:
+        self._tell_launcher(sentence)
+        if self.store is None or self.is_first:
+            sys.stderr.write(f"eagle3: error: {sentence}\n")
+            sys.stderr.flush()
+        elif not self._first_says(sentence, patience):
+            sys.stderr.write(f"eagle3: error: process {self.rank}: {sentence}\n")
+        if self.store is not None and self.is_first:
+            # Only now: torchrun ends all processes as soon as it sees one that failed.
             self.store.set(_LAST_WORDS, sentence)
-            return True
+
+    def _first_says(self, sentence: str, patience: timedelta) -> bool:
+        assert self.store is not None
         try:
             self.store.wait([_LAST_WORDS], patience)
         except RuntimeError:  # the base of what torch raises for a time-out and for a store that is gone
-            return True
-        return bool(self.store.get(_LAST_WORDS).decode() != sentence)
+            return False
+        return bool(self.store.get(_LAST_WORDS).decode() == sentence)
+
+    def _tell_launcher(self, sentence: str) -> None:
+        # torchrun prints what its processes leave there, instead of advice on how to get a traceback.
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if self.store is not None and path is not None:
+            details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+            message = {"message": {"message": sentence, "extraInfo": details}}
+            Path(path).write_text(json.dumps(message), encoding="utf-8")
 
     def distribute(self, module: nn.Module, config: ParallelConfig) -> nn.Module:
         """Spread a module over all processes, so that each parameter's gradient becomes the mean over them.

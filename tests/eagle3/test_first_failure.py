@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import tiepolicy_dcp
 from eagle3.checkpoint import read_draft_config
+from eagle3.cli import main
 from eagle3.draft import Draft
 from eagle3_targets import make_target, make_world
 from torchrun import torchrun
@@ -17,6 +18,10 @@ from torchrun import torchrun
 pytestmark = pytest.mark.dist
 
 VOCAB_SIZE = 128256
+SETTINGS = (
+    *("--data.max_length", 256, "--unroll.steps", 2, "--train.epochs", 1),
+    *("--checkpoint.save_consolidated", "false"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +33,17 @@ def world(tmp_path_factory):
 def eagle3(target, world, out, *options):
     result = torchrun(
         *("-m", "eagle3", "train", "--out", out, "--target.model", target, "--data.train", world[1]),
-        *("--data.max_length", 256, "--unroll.steps", 2, "--train.epochs", 1, "--checkpoint.save_consolidated"),
-        *("false", *options),
+        *(*SETTINGS, *options),
         num_processes=2,
     )
     assert 0 == result.returncode, result.stdout
     return result.stdout
+
+
+def eagle3_alone(target, world, out, *options):
+    """The same in one process, this one: its exit code."""
+    given = ("--out", out, "--target.model", target, "--data.train", world[1], *SETTINGS, *options)
+    return main(["train", *map(str, given)])
 
 
 def saved_head(out):
@@ -49,18 +59,23 @@ def lines_of(output, *patterns):
 
 
 @pytest.mark.parametrize(
-    ("tied", "draft_vocab_size"),
-    [(True, 8192), (False, 8192), (True, None)],
-    ids=["tied", "untied", "whole vocabulary"],
+    ("tied", "draft_vocab_size", "consolidated"),
+    [
+        pytest.param(True, 8192, "false", id="tied"),
+        pytest.param(True, 8192, "true", id="consolidated", marks=pytest.mark.slow),
+        pytest.param(False, 8192, "false", id="untied", marks=pytest.mark.slow),
+        pytest.param(True, None, "false", id="whole vocabulary", marks=pytest.mark.slow),
+    ],
 )
-def test_a_draft_is_trained_saved_and_resumed(world, tmp_path, tied, draft_vocab_size):
+def test_a_draft_is_trained_saved_and_resumed(world, tmp_path, capfd, tied, draft_vocab_size, consolidated):
     target = make_target(tmp_path / "target", world[0], vocab_size=VOCAB_SIZE, tie_word_embeddings=tied)
     assert tied is json.loads((target / "config.json").read_text())["tie_word_embeddings"]
     assert tied is ("lm_head.weight" not in load_file(target / "model.safetensors"))
     out = tmp_path / "run"
     size = "null" if draft_vocab_size is None else str(draft_vocab_size)
+    options = ("--draft.vocab_size", size, "--checkpoint.save_consolidated", consolidated)
 
-    output = eagle3(target, world, out, "--draft.vocab_size", size)
+    output = eagle3(target, world, out, *options)
     assert [True] * 5 == lines_of(
         output,
         "Training starts: epochs 1, batches per epoch 2, steps 2, warm-up steps 1, peak learning rate 0.0001",
@@ -71,14 +86,26 @@ def test_a_draft_is_trained_saved_and_resumed(world, tmp_path, tied, draft_vocab
     )
     head = saved_head(out)
     assert (draft_vocab_size or VOCAB_SIZE, 32) == tuple(head.shape)
+    consolidated_file = out / "checkpoints" / "epoch_1_step_2" / "model.safetensors"
+    assert (consolidated == "true") is consolidated_file.exists()
+    assert consolidated == "false" or torch.equal(head, load_file(consolidated_file)["lm_head.weight"])
 
-    output = eagle3(target, world, out, "--draft.vocab_size", size, "--checkpoint.restore_from", "LATEST")
+    output = eagle3(target, world, out, *options, "--checkpoint.restore_from", "LATEST")
     assert [True] * 2 == lines_of(
         output,
         rf"Resuming from checkpoint: {out}/checkpoints/epoch_1_step_2\n",
         r"All 1 epochs already completed; nothing to do\.",
     )
     assert torch.equal(head, saved_head(out))
+
+    capfd.readouterr()
+    for reference in ("LATEST", "epoch_1_step_2", out / "checkpoints" / "epoch_1_step_2"):
+        assert 0 == eagle3_alone(target, world, out, *options, "--checkpoint.restore_from", reference)
+        assert [True] * 2 == lines_of(
+            capfd.readouterr().err,
+            rf"Resuming from checkpoint: {out}/checkpoints/epoch_1_step_2\n",
+            r"All 1 epochs already completed; nothing to do\.",
+        )
     embedding = AutoModelForCausalLM.from_pretrained(target).get_input_embeddings().weight
     assert not torch.equal(head, embedding[: len(head)])
 
