@@ -132,7 +132,7 @@ class Rope:
         with torch.device("cpu"):
             self._embedding = LlamaRotaryEmbedding(config)
         rope: Any = config.rope_parameters
-        self._depends_on_length = rope["rope_type"] in ("dynamic", "longrope")
+        self.depends_on_length = rope["rope_type"] in ("dynamic", "longrope")
         self._inv_freq: Tensor = self._embedding.inv_freq.detach().clone()
         assert 2 * len(self._inv_freq) == config.head_dim
 
@@ -146,17 +146,29 @@ class Rope:
         Returns:
             A new tensor like `heads`; angles are computed in float32, or in float64 for float64 heads.
         """
-        precise = torch.promote_types(torch.float32, heads.dtype)
-        angles = positions.to(precise)[..., None, None] * self._frequencies(positions, heads.device).to(precise)
-        scaling = float(self._embedding.attention_scaling)
-        cos = (angles.cos() * scaling).to(heads.dtype)
-        sin = (angles.sin() * scaling).to(heads.dtype)
+        cos, sin = self.angles(positions, dtype=torch.promote_types(torch.float32, heads.dtype), device=heads.device)
+        cos, sin = cos[..., None, :].to(heads.dtype), sin[..., None, :].to(heads.dtype)
         low, high = heads.chunk(2, dim=-1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
+    def angles(self, positions: Tensor, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Computes what each pair of elements is rotated by.
+
+        Args:
+            positions: (..., rows) int64, in tokens.
+            dtype: float32 or better.
+            device: Of the result.
+
+        Returns:
+            Cosines and sines, (..., rows, d / 2) each, times the rope's scaling.
+        """
+        angles = positions.to(dtype)[..., None] * self._frequencies(positions, device).to(dtype)
+        scaling = float(self._embedding.attention_scaling)
+        return angles.cos() * scaling, angles.sin() * scaling
+
     def _frequencies(self, positions: Tensor, device: torch.device) -> Tensor:
         """The frequencies (d / 2,) float32 for a call with these positions."""
-        if self._depends_on_length and positions.numel():
+        if self.depends_on_length and positions.numel():
             # transformers' class keeps its frequencies up to date in its forward pass, and only there.
             last = positions.max().reshape(1, 1)
             self._embedding.to(device)(torch.empty(0, device=device), last.to(device))
@@ -361,6 +373,10 @@ class Draft(nn.Module):
         attention = self.midlayer.self_attn
         keys = self._rope.rotate(self._heads(attention.k_proj(inputs)), positions)
         return keys, self._heads(attention.v_proj(inputs))
+
+    def rope_angles(self, positions: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Computes cosines and sines of positions (rows,), (rows, d / 2) each, as queries and keys are rotated by."""
+        return self._rope.angles(positions, dtype=dtype, device=positions.device)
 
     def next_states(self, states: Tensor, attended: Tensor) -> Tensor:
         """Finishes a step: the output projection and the MLP, each added to the residual stream.

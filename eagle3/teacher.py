@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eagle3.kernels.soft_ce import row_stats
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
@@ -19,12 +21,14 @@ class Teacher:
         in_vocab_M: bool, whether that token lies in the draft vocabulary. Only such rows carry loss.
         mass_M: The share of the target's probability that lies on the draft vocabulary, in float32 or better; None
             unless asked for.
+        lse_M: The log-sum-exp of `logits_MD`, float32 or better, where it was computed on the way.
     """
 
     logits_MD: Tensor
     argmax_M: Tensor
     in_vocab_M: Tensor
     mass_M: Tensor | None = None
+    lse_M: Tensor | None = None
 
 
 @torch.no_grad()
@@ -70,3 +74,47 @@ def _teach(hidden_ME: Tensor, head_VE: Tensor, draft_ids_D: Tensor, *, with_mass
         in_vocab_M=in_draft_V[argmax_M],
         mass_M=mass_M if with_mass else None,
     )
+
+
+class TeacherHead:
+    """The target's head with the draft's rows first, so that their logits are one product and the rest only a maximum.
+
+    Args:
+        head_VE: The target's head; copied, in another order.
+        draft_ids_D: int64, ascending, the target's token id of each draft token.
+        chunk_size: Rows for which logits outside the draft vocabulary exist at a time.
+    """
+
+    def __init__(self, head_VE: Tensor, draft_ids_D: Tensor, *, chunk_size: int = 2048) -> None:
+        device = head_VE.device
+        outside_V = torch.ones(len(head_VE), dtype=torch.bool, device=device)
+        outside_V[draft_ids_D.to(device)] = False
+        self._draft_ids_D = draft_ids_D.to(device)
+        self._other_ids = outside_V.nonzero().squeeze(1)
+        self._draft_DE = head_VE[self._draft_ids_D]
+        self._others_E = head_VE[self._other_ids]
+        self._chunk_size = chunk_size
+        self._in_draft_V = ~outside_V
+
+    @torch.no_grad()
+    def teach(self, hidden_ME: Tensor) -> Teacher:
+        """Like the function `teach`, on a GPU without a synchronisation."""
+        logits_MD = hidden_ME @ self._draft_DE.T
+        stats = row_stats(logits_MD)
+        argmax_M = self._draft_ids_D[stats.argmax_M]
+        in_vocab_M = torch.ones_like(argmax_M, dtype=torch.bool)
+        for start in range(0, len(hidden_ME) if len(self._other_ids) else 0, self._chunk_size):
+            chunk = slice(start, start + self._chunk_size)
+            others = row_stats(hidden_ME[chunk] @ self._others_E.T)
+            other_ids = self._other_ids[others.argmax_M]
+            # Of equal logits the lowest id counts, wherever it stands.
+            is_other = others.max_M > stats.max_M[chunk]
+            is_other |= (others.max_M == stats.max_M[chunk]) & (other_ids < argmax_M[chunk])
+            in_vocab_M[chunk] = ~is_other
+            argmax_M[chunk] = torch.where(is_other, other_ids, argmax_M[chunk])
+        return Teacher(logits_MD=logits_MD, argmax_M=argmax_M, in_vocab_M=in_vocab_M, lse_M=stats.lse_M)
+
+    @torch.no_grad()
+    def teach_known(self, hidden_ME: Tensor, argmax_M: Tensor) -> Teacher:
+        """The same where the target's greedy tokens (M,) int64 are known, as from a cache: only the draft's logits."""
+        return Teacher(logits_MD=hidden_ME @ self._draft_DE.T, argmax_M=argmax_M, in_vocab_M=self._in_draft_V[argmax_M])

@@ -1,0 +1,290 @@
+"""python benchmarks/bench_eagle3.py [--work W8B W1B] [--out results.json]: the draft's training step on one GPU.
+
+A step is: teacher from the target's last hidden states, forward, backward, clipping, AdamW. Beside it, in the same
+process and on the same sizes, the floor: the matrix products over all rows that library kernels need, attention, fused
+AdamW, and nothing else. Inputs are random and lie on the GPU; 60% of the tokens are supervised, in spans.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaConfig
+
+from eagle3.draft import Draft, draft_config
+from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
+from eagle3.fused import FusedStep
+from eagle3.pairs import plan_pairs
+from eagle3.teacher import TeacherHead
+from eagle3.unroll import TrainingTimeTest, plan_rows
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a target and its draft."""
+
+    hidden: int
+    intermediate: int
+    heads: tuple[int, int]
+    head_dim: int
+    vocab: int
+    draft_vocab: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the table."""
+
+    model: str
+    sequences: int
+    tokens: int
+    steps: int
+    supervised: float = 0.6
+    mean_span: int = 400
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        share = "" if self.supervised == 0.6 else f", {self.supervised:.0%} supervised"
+        return f"{self.model} {self.sequences}x{self.tokens}, {self.steps} steps{share}"
+
+
+MODELS = {
+    "W8B": Model(4096, 14336, (32, 8), 128, 128256, 32000),
+    "W1B": Model(2048, 8192, (32, 8), 64, 128256, 8192),
+    "tiny": Model(64, 128, (4, 2), 16, 512, 128),
+}
+WORKS = [
+    Work("W8B", 1, 2048, 7),
+    Work("W8B", 1, 4096, 7),
+    Work("W8B", 4, 2048, 7),
+    Work("W8B", 1, 2048, 7, supervised=1.0),
+    Work("W8B", 4, 2048, 7, supervised=1.0),
+    Work("W1B", 4, 2048, 7),
+    Work("W1B", 4, 2048, 2),
+    Work("W1B", 8, 256, 7, mean_span=100),
+    Work("W1B", 8, 256, 2, mean_span=100),
+    Work("tiny", 2, 64, 3, mean_span=10),
+]
+
+
+def spans(work: Work) -> Tensor:
+    """A mask (sequences, tokens) whose supervised tokens stand in spans, as answers do; within 0.5% of the share."""
+    total = work.sequences * work.tokens
+    gap = work.mean_span * (1 - work.supervised) / work.supervised
+    for seed in range(10_000):
+        generator = torch.Generator().manual_seed(seed)
+        mask, place = torch.full((total,), work.supervised == 1), 0
+        while gap and place < total:
+            draw = -torch.rand(2, generator=generator).log()
+            place += round(float(draw[0]) * gap)
+            mask[place : place + round(float(draw[1]) * work.mean_span)] = True
+            place += round(float(draw[1]) * work.mean_span)
+        if abs(mask.float().mean() - work.supervised) < 0.005:
+            return mask.view(work.sequences, work.tokens)
+    raise AssertionError("no seed gives this share")
+
+
+class Bench:
+    """A draft and a batch of one line of the table."""
+
+    def __init__(self, work: Work, device: torch.device, dtype: torch.dtype) -> None:
+        self.work, self.device, self.dtype = work, device, dtype
+        self.model = model = MODELS[work.model]
+        config = LlamaConfig(
+            hidden_size=model.hidden,
+            intermediate_size=model.intermediate,
+            num_attention_heads=model.heads[0],
+            num_key_value_heads=model.heads[1],
+            head_dim=model.head_dim,
+            vocab_size=model.vocab,
+            max_position_embeddings=131072,
+        )
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.device(device):
+            self.draft = Draft(draft_config(config, draft_vocab_size=model.draft_vocab))
+        self.head_VE = torch.randn((model.vocab, model.hidden), device=device, dtype=dtype, generator=generator)
+        self.head_VE *= 0.02
+        # The head's first rows are longer, so that the greedy token mostly lies in the draft vocabulary.
+        self.head_VE[: model.draft_vocab] *= 1.5
+        ids = torch.arange(model.draft_vocab, device=device)
+        self.draft.init_from_target_(embedding_VH=self.head_VE, head_VH=self.head_VE, draft_ids_D=ids)
+        self.draft.embed_tokens.to(dtype)
+        size = (work.sequences, work.tokens)
+        self.mask = spans(work)
+        self.ids = torch.randint(model.vocab, size, device=device, generator=generator)
+        self.aux = torch.randn((*size, 3 * model.hidden), device=device, dtype=dtype, generator=generator)
+        self.hidden = torch.randn((*size, model.hidden), device=device, dtype=dtype, generator=generator)
+
+    def fused_step(self, *, known_argmax: bool = False, deterministic: bool = False) -> Callable[[], Tensor]:
+        """Our step."""
+        work = self.work
+        weights = FlatWeights(self.draft, dtype=self.dtype)
+        step = FusedStep(self.draft, weights, num_steps=work.steps, deterministic=deterministic)
+        optimizer = FlatAdamW(weights, lr=1e-4)
+        head = TeacherHead(self.head_VE, self.draft.target_ids())
+        rows = plan_rows(self.mask, work.steps)
+        plan = plan_pairs(rows, num_sequences=work.sequences, num_tokens=work.tokens).to(self.device)
+        hidden, aux, ids = self.hidden.flatten(0, 1), self.aux.flatten(0, 1), self.ids.flatten()
+        argmax = head.teach(hidden[plan.teacher_rows_M]).argmax_M
+
+        def run() -> Tensor:
+            rows = hidden.index_select(0, plan.teacher_rows_M)
+            teacher = head.teach_known(rows, argmax) if known_argmax else head.teach(rows)
+            result = step(plan, ids, aux, teacher)
+            factor, _ = clip_factor(weights.grad, scale=1 / result.weight_sum, max_norm=1.0)
+            optimizer.step(scale=factor)
+            return result.loss_sum / result.weight_sum
+
+        return run
+
+    def autograd_step(self) -> Callable[[], Tensor]:
+        """The same under autograd with autocast and torch's fused AdamW."""
+        unroll = TrainingTimeTest(self.draft, num_steps=self.work.steps)
+        parameters = [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        mask = self.mask.to(self.device)
+
+        def run() -> Tensor:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                result = unroll(self.ids, mask, self.aux, self.hidden, self.head_VE)
+            loss = result.loss_sum / result.weight_sum
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return run
+
+    def floor_step(self) -> Callable[[], Tensor]:
+        """Products, attention and AdamW of all rows, with no sum, norm, loss or gradient bookkeeping."""
+        model, work = self.model, self.work
+        num, hidden, width = work.sequences * work.tokens, model.hidden, sum(model.heads) * model.head_dim
+        width += model.heads[1] * model.head_dim
+
+        def new(*shape: int) -> Tensor:
+            return torch.randn(shape, device=self.device, dtype=self.dtype) * 0.02
+
+        shapes = [(width, 2 * hidden), (hidden, model.heads[0] * model.head_dim), (2 * model.intermediate, hidden)]
+        shapes += [(hidden, model.intermediate), (model.draft_vocab, hidden)]
+        layers = [(new(*shape), new(num, shape[1]), new(num, shape[0]), new(*shape)) for shape in shapes]
+        fc = (new(hidden, 3 * hidden), new(num, 3 * hidden), new(num, hidden), new(hidden, 3 * hidden))
+        q = new(work.sequences, model.heads[0], work.tokens, model.head_dim).requires_grad_()
+        k, v = (new(work.sequences, model.heads[1], work.tokens, model.head_dim).requires_grad_() for _ in "kv")
+        count = sum(weight.numel() for weight, *_ in [*layers, fc])
+        flat = nn.Parameter(torch.zeros(count, device=self.device))
+        flat.grad = torch.zeros_like(flat)
+        optimizer = torch.optim.AdamW([flat], lr=1e-4, fused=self.device.type == "cuda")
+        teacher = new(num, hidden)
+        head = new(model.vocab, hidden)
+
+        def products(weight: Tensor, inputs: Tensor, grads: Tensor, weight_grad: Tensor) -> None:
+            inputs @ weight.T
+            grads @ weight
+            weight_grad.addmm_(grads.T, inputs)
+
+        def run() -> Tensor:
+            for start in range(0, num, 2048):
+                teacher[start : start + 2048] @ head.T
+            products(*fc)
+            for _ in range(work.steps):
+                for layer in layers:
+                    products(*layer)
+                out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                torch.autograd.grad(out, (q, k, v), out)
+            optimizer.step()
+            return flat[0].detach()
+
+        return run
+
+
+def measure(step: Callable[[], Tensor], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median wall time of a step, synchronised after each, and the peak of allocated memory."""
+    is_gpu = device.type == "cuda"
+    for _ in range(3):
+        loss = step()
+    if is_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < 10 or sum(times) < seconds:
+        before = time.perf_counter()
+        loss = step()
+        if is_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - before)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else float("nan")
+    return {
+        "ms": 1e3 * statistics.median(times),
+        "min_ms": 1e3 * min(times),
+        "max_ms": 1e3 * max(times),
+        "n": len(times),
+        "peak_gib": peak,
+        "loss": float(loss),
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the numbers were measured with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+KINDS = {
+    "ours": Bench.fused_step,
+    "known argmax": lambda bench: bench.fused_step(known_argmax=True),
+    "deterministic": lambda bench: bench.fused_step(deterministic=True),
+    "autograd": Bench.autograd_step,
+    "floor": Bench.floor_step,
+}
+
+
+def main() -> int:
+    """Print the table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", nargs="*", default=["W8B", "W1B"], help="models of the lines to run")
+    parser.add_argument("--kinds", nargs="*", default=["ours", "known argmax", "floor"], choices=list(KINDS))
+    parser.add_argument("--lines", nargs="*", type=int, help="indices of the lines to run")
+    parser.add_argument("--seconds", type=float, default=1.5, help="how long each measurement lasts at least")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    results = []
+    print(f"{'work':<34} {'kind':<14} {'ms':>8} {'min':>8} {'max':>8} {'peak GiB':>9} {'loss':>8}")
+    for index, work in enumerate(WORKS):
+        if work.model not in options.work or (options.lines and index not in options.lines):
+            continue
+        for kind in options.kinds:
+            bench = Bench(work, device, dtype)
+            found = measure(KINDS[kind](bench), device, options.seconds)
+            del bench
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            results.append({"work": asdict(work), "kind": kind, **found})
+            print(
+                f"{work.name:<34} {kind:<14} {found['ms']:8.2f} {found['min_ms']:8.2f} {found['max_ms']:8.2f} "
+                f"{found['peak_gib']:9.2f} {found['loss']:8.4f}",
+                flush=True,
+            )
+    if options.out:
+        options.out.write_text(json.dumps({"versions": versions(device), "results": results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

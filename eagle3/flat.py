@@ -1,0 +1,175 @@
+"""The trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass.
+
+Shape suffixes: none; buffers are flat, (elements,).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eagle3.draft import Draft
+from eagle3.kernels.optimizer import adamw_
+
+#: Each weight starts at a multiple of this many elements, so that vector loads stay aligned in any dtype.
+_ALIGNMENT = 64
+
+
+class FlatWeights:
+    """Master weights, their copies in the compute dtype and their gradients, each in one buffer.
+
+    The draft's parameters become views of `master`; loading into them and saving them goes on as before. Projections
+    that read the same input lie side by side, so that one product serves them all.
+
+    Args:
+        draft: Its trainable parameters move into the buffers.
+        dtype: Of the copies and the gradients.
+    """
+
+    #: Weights that one product computes together.
+    _FUSED = (
+        (
+            "qkv",
+            (
+                "midlayer.self_attn.q_proj.weight",
+                "midlayer.self_attn.k_proj.weight",
+                "midlayer.self_attn.v_proj.weight",
+            ),
+        ),
+        ("gate_up", ("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight")),
+    )
+
+    def __init__(self, draft: Draft, *, dtype: torch.dtype) -> None:
+        self.parameters = {name: p for name, p in draft.named_parameters() if p.requires_grad}
+        self._places = self._lay_out()
+        first = next(iter(self.parameters.values()))
+        size = max(place + self.parameters[name].numel() for name, place in self._places.items())
+        size += -size % _ALIGNMENT
+        self.master = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self.copy = torch.zeros(size, dtype=dtype, device=first.device)
+        self.grad = torch.zeros(size, dtype=dtype, device=first.device)
+        for name, parameter in self.parameters.items():
+            view = self.view(self.master, name)
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self.refresh_()
+
+    def _lay_out(self) -> dict[str, int]:
+        """The first element of each weight, in an order that keeps fused weights together."""
+        fused = [name for _, names in self._FUSED for name in names]
+        order = fused + [name for name in self.parameters if name not in fused]
+        places, end = {}, 0
+        starts_of_group = {names[0] for _, names in self._FUSED}
+        for name in order:
+            if name not in fused or name in starts_of_group:
+                end += -end % _ALIGNMENT
+            places[name] = end
+            end += self.parameters[name].numel()
+        return places
+
+    def refresh_(self) -> None:
+        """Brings the copies up to date after something else than the optimizer changed the parameters."""
+        self.copy.copy_(self.master)
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """One weight's part of a buffer, in its shape."""
+        parameter, place = self.parameters[name], self._places[name]
+        return buffer[place : place + parameter.numel()].view(parameter.shape)
+
+    def fused(self, buffer: Tensor, name: str) -> Tensor:
+        """The part of a buffer that holds the weights of a fused product, stacked: (rows of all, columns)."""
+        names = dict(self._FUSED)[name]
+        start = self._places[names[0]]
+        num_rows = sum(self.parameters[part].shape[0] for part in names)
+        num_columns = self.parameters[names[0]].shape[1]
+        return buffer[start : start + num_rows * num_columns].view(num_rows, num_columns)
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW over the buffers of `FlatWeights`; its state is saved and loaded parameter by parameter, as torch's is.
+
+    Args:
+        weights: Updated by each step, copies included.
+        lr: Learning rate; schedulers may change it.
+        betas: Decay of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay.
+    """
+
+    def __init__(
+        self,
+        weights: FlatWeights,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        parameters: Iterable[nn.Parameter] = weights.parameters.values()
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._weights = weights
+        self._exp_avg = torch.zeros_like(weights.master)
+        self._exp_avg_sq = torch.zeros_like(weights.master)
+        device = weights.master.device
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        self._lr = torch.zeros((), dtype=torch.float32, device=device)
+        self._expose_state()
+
+    def _expose_state(self) -> None:
+        for name, parameter in self._weights.parameters.items():
+            self.state[parameter] = {
+                "step": self._step,
+                "exp_avg": self._weights.view(self._exp_avg, name),
+                "exp_avg_sq": self._weights.view(self._exp_avg_sq, name),
+            }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, here or by torch.optim.AdamW, into the flat buffers."""
+        super().load_state_dict(state_dict)
+        for name, parameter in self._weights.parameters.items():
+            loaded = self.state[parameter]
+            self._step.copy_(torch.as_tensor(loaded["step"]))
+            self._weights.view(self._exp_avg, name).copy_(loaded["exp_avg"])
+            self._weights.view(self._exp_avg_sq, name).copy_(loaded["exp_avg_sq"])
+        self._expose_state()
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, scale: Tensor | None = None) -> None:  # type: ignore[override]  # no closure
+        """Update the weights by the gradients in the flat buffer.
+
+        Args:
+            closure: Not supported: gradients are made before.
+            scale: Scalar tensor that multiplies the gradients; None for 1.
+        """
+        assert closure is None
+        group = self.param_groups[0]
+        weights = self._weights
+        self._step += 1
+        self._lr.fill_(group["lr"])
+        adamw_(
+            *(weights.master, self._exp_avg, self._exp_avg_sq, weights.grad, weights.copy),
+            scale=torch.ones_like(self._lr) if scale is None else scale,
+            lr=self._lr,
+            step=self._step,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+
+def clip_factor(grad: Tensor, *, scale: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """What to multiply a flat gradient by so that its norm is at most `max_norm`, without a synchronisation.
+
+    Args:
+        grad: The gradient before `scale`.
+        scale: Scalar tensor that normalises it.
+        max_norm: Largest norm after the scaling.
+
+    Returns:
+        The factor, `scale` included, and the norm of the scaled gradient before clipping: scalars, float32 or better.
+    """
+    precise = torch.promote_types(torch.float32, grad.dtype)
+    norm = torch.linalg.vector_norm(grad, dtype=precise) * scale
+    return scale * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm

@@ -1,0 +1,238 @@
+"""The keys that a row wrote at its own later steps, merged into a causal attention by its log-sum-exp.
+
+The causal part is the library's kernel. A later step adds a few keys that only their own row sees: one dot product
+each. Given the merged output and log-sum-exp, the library's backward kernel yields the exact gradients of the causal
+part, and the keys of the row get theirs here.
+
+Shape suffixes: N rows, L = BT all tokens, Q query heads, K key and value heads, d head dimension, J later steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eagle3.kernels._triton import jit, next_power_of_2, tl
+
+
+def merge_same_row_(
+    q_LQd: Tensor,
+    out_LQd: Tensor,
+    lse_BQT: Tensor,
+    *,
+    k_JNKd: Tensor,
+    v_JNKd: Tensor,
+    row_N: Tensor,
+    scale: float,
+    gathered_NQd: Tensor,
+) -> None:
+    """Adds each row's own keys to its softmax; the merged output and log-sum-exp replace those of the causal part.
+
+    Args:
+        q_LQd: Rotated queries, read at the rows.
+        out_LQd: Output of the causal attention, updated at the rows.
+        lse_BQT: Its log-sum-exp, natural, float32 or better, updated at the rows; contiguous, L = BT.
+        k_JNKd: Rotated keys of the row's steps 1 to J; J may be 0.
+        v_JNKd: Their values.
+        row_N: int32, the place of each row among all tokens.
+        scale: Multiplies the dot products.
+        gathered_NQd: Overwritten by the merged output of the rows.
+    """
+    num_later, num_rows, num_keys, head_dim = k_JNKd.shape
+    group = q_LQd.shape[1] // num_keys
+    if not q_LQd.is_cuda:
+        rows = row_N.long()
+        q_NKGd = q_LQd[rows].unflatten(1, (num_keys, group))
+        scores_JNKG = torch.einsum("nkgd,jnkd->jnkg", q_NKGd, k_JNKd).to(lse_BQT.dtype) * scale
+        sequence, time = rows // lse_BQT.shape[2], rows % lse_BQT.shape[2]
+        lse_NKG = lse_BQT[sequence, :, time].unflatten(1, (num_keys, group))
+        merged_NKG = torch.cat((lse_NKG[None], scores_JNKG)).logsumexp(dim=0)
+        out_NKGd = out_LQd[rows].unflatten(1, (num_keys, group)) * (lse_NKG - merged_NKG).exp()[..., None]
+        out_NKGd = out_NKGd + torch.einsum(
+            "jnkg,jnkd->nkgd", (scores_JNKG - merged_NKG).exp(), v_JNKd.to(lse_BQT.dtype)
+        )
+        gathered_NQd.copy_(out_NKGd.flatten(1, 2))
+        out_LQd[rows] = gathered_NQd
+        lse_BQT[sequence, :, time] = merged_NKG.flatten(1, 2)
+        return
+    if num_rows:
+        _merge_kernel[(num_rows, num_keys)](
+            *(q_LQd, out_LQd, lse_BQT, k_JNKd, v_JNKd, row_N, gathered_NQd),
+            *(lse_BQT.stride(0), lse_BQT.shape[2], num_rows, scale, num_later),
+            KEYS=num_keys,
+            GROUP=group,
+            DIM=head_dim,
+            GROUP_BLOCK=next_power_of_2(group),
+            DIM_BLOCK=next_power_of_2(head_dim),
+            num_warps=2,
+        )
+
+
+@jit
+def _merge_kernel(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    k_ptr,
+    v_ptr,
+    row_ptr,
+    gathered_ptr,
+    lse_stride,
+    num_tokens,
+    num_rows,
+    scale,
+    num_later,
+    KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    key_head = tl.program_id(1)
+    row = tl.load(row_ptr + n).to(tl.int64)
+    in_group = tl.arange(0, GROUP_BLOCK)
+    dim = tl.arange(0, DIM_BLOCK)
+    is_head = in_group < GROUP
+    is_dim = dim < DIM
+    inside = is_head[:, None] & is_dim[None, :]
+    head = key_head * GROUP + in_group
+    within = head[:, None] * DIM + dim[None, :]
+    full = row * KEYS * GROUP * DIM + within
+    q = tl.load(q_ptr + full, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + full, mask=inside, other=0.0).to(tl.float32)
+    lse_place = lse_ptr + row // num_tokens * lse_stride + head * num_tokens + row % num_tokens
+    lse = tl.load(lse_place, mask=is_head, other=0.0)
+    for j in range(num_later):
+        own = ((j * num_rows + n) * KEYS + key_head) * DIM + dim
+        k = tl.load(k_ptr + own, mask=is_dim, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + own, mask=is_dim, other=0.0).to(tl.float32)
+        score = tl.sum(q * k[None, :], axis=1) * scale
+        largest = tl.maximum(lse, score)
+        merged = largest + tl.log(tl.exp(lse - largest) + tl.exp(score - largest))
+        out = out * tl.exp(lse - merged)[:, None] + v[None, :] * tl.exp(score - merged)[:, None]
+        lse = merged
+    tl.store(out_ptr + full, out, mask=inside)
+    tl.store(gathered_ptr + n * KEYS * GROUP * DIM + within, out, mask=inside)
+    tl.store(lse_place, lse, mask=is_head)
+
+
+def same_row_backward_(
+    q_LQd: Tensor,
+    grad_q_LQd: Tensor,
+    lse_BQT: Tensor,
+    *,
+    out_NQd: Tensor,
+    grad_out_NQd: Tensor,
+    k_JNKd: Tensor,
+    v_JNKd: Tensor,
+    grad_k_JNKd: Tensor,
+    grad_v_JNKd: Tensor,
+    row_N: Tensor,
+    scale: float,
+    grad_q_NQd: Tensor,
+) -> None:
+    """The gradients that flow through a row's own keys.
+
+    Args:
+        q_LQd: Rotated queries, read at the rows.
+        grad_q_LQd: Gradient of the queries through the causal part, read at the rows.
+        lse_BQT: The merged log-sum-exp.
+        out_NQd: The merged output of the rows.
+        grad_out_NQd: Its gradient.
+        k_JNKd: Keys of the row's steps 1 to J.
+        v_JNKd: Their values.
+        grad_k_JNKd: float32 or better; the gradient of the keys is added to it.
+        grad_v_JNKd: Likewise of the values.
+        row_N: int32, the place of each row among all tokens.
+        scale: Multiplies the dot products.
+        grad_q_NQd: Overwritten by the whole gradient of the rows' queries, both parts.
+    """
+    num_later, num_rows, num_keys, head_dim = k_JNKd.shape
+    group = q_LQd.shape[1] // num_keys
+    if not q_LQd.is_cuda:
+        rows, precise = row_N.long(), lse_BQT.dtype
+        heads = (num_keys, group)
+        q_NKGd = q_LQd[rows].unflatten(1, heads).to(precise)
+        grad_out_NKGd = grad_out_NQd.unflatten(1, heads).to(precise)
+        delta_NKG = (grad_out_NKGd * out_NQd.unflatten(1, heads)).sum(dim=-1)
+        scores_JNKG = torch.einsum("nkgd,jnkd->jnkg", q_NKGd, k_JNKd.to(precise)) * scale
+        lse_NQ = lse_BQT[rows // lse_BQT.shape[2], :, rows % lse_BQT.shape[2]]
+        share_JNKG = (scores_JNKG - lse_NQ.unflatten(1, heads)).exp()
+        grad_share_JNKG = torch.einsum("nkgd,jnkd->jnkg", grad_out_NKGd, v_JNKd.to(precise))
+        grad_scores_JNKG = share_JNKG * (grad_share_JNKG - delta_NKG) * scale
+        grad_q_NKGd = torch.einsum("jnkg,jnkd->nkgd", grad_scores_JNKG, k_JNKd.to(precise))
+        grad_q_NQd.copy_(grad_q_LQd[rows] + grad_q_NKGd.flatten(1, 2))
+        grad_k_JNKd += torch.einsum("jnkg,nkgd->jnkd", grad_scores_JNKG, q_NKGd)
+        grad_v_JNKd += torch.einsum("jnkg,nkgd->jnkd", share_JNKG, grad_out_NKGd)
+        return
+    if num_rows:
+        _same_row_backward_kernel[(num_rows, num_keys)](
+            *(q_LQd, grad_q_LQd, lse_BQT, out_NQd, grad_out_NQd, k_JNKd, v_JNKd, grad_k_JNKd, grad_v_JNKd),
+            *(row_N, grad_q_NQd, lse_BQT.stride(0), lse_BQT.shape[2], num_rows, scale, num_later),
+            KEYS=num_keys,
+            GROUP=group,
+            DIM=head_dim,
+            GROUP_BLOCK=next_power_of_2(group),
+            DIM_BLOCK=next_power_of_2(head_dim),
+            num_warps=2,
+        )
+
+
+@jit
+def _same_row_backward_kernel(
+    q_ptr,
+    grad_q_causal_ptr,
+    lse_ptr,
+    out_ptr,
+    grad_out_ptr,
+    k_ptr,
+    v_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    row_ptr,
+    grad_q_ptr,
+    lse_stride,
+    num_tokens,
+    num_rows,
+    scale,
+    num_later,
+    KEYS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    key_head = tl.program_id(1)
+    row = tl.load(row_ptr + n).to(tl.int64)
+    in_group = tl.arange(0, GROUP_BLOCK)
+    dim = tl.arange(0, DIM_BLOCK)
+    is_head = in_group < GROUP
+    is_dim = dim < DIM
+    inside = is_head[:, None] & is_dim[None, :]
+    head = key_head * GROUP + in_group
+    within = head[:, None] * DIM + dim[None, :]
+    full = row * KEYS * GROUP * DIM + within
+    here = n * KEYS * GROUP * DIM + within
+    q = tl.load(q_ptr + full, mask=inside, other=0.0).to(tl.float32)
+    grad_q = tl.load(grad_q_causal_ptr + full, mask=inside, other=0.0).to(tl.float32)
+    grad_out = tl.load(grad_out_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    lse = tl.load(
+        lse_ptr + row // num_tokens * lse_stride + head * num_tokens + row % num_tokens, mask=is_head, other=0.0
+    )
+    delta = tl.sum(grad_out * out, axis=1)
+    for j in range(num_later):
+        own = ((j * num_rows + n) * KEYS + key_head) * DIM + dim
+        k = tl.load(k_ptr + own, mask=is_dim, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + own, mask=is_dim, other=0.0).to(tl.float32)
+        share = tl.exp(tl.sum(q * k[None, :], axis=1) * scale - lse)
+        grad_score = share * (tl.sum(grad_out * v[None, :], axis=1) - delta) * scale
+        # Lanes past the group hold zeros in q and grad_out, so they add nothing.
+        grad_q += grad_score[:, None] * k[None, :]
+        grad_k = tl.load(grad_k_ptr + own, mask=is_dim, other=0.0) + tl.sum(grad_score[:, None] * q, axis=0)
+        grad_v = tl.load(grad_v_ptr + own, mask=is_dim, other=0.0) + tl.sum(share[:, None] * grad_out, axis=0)
+        tl.store(grad_k_ptr + own, grad_k, mask=is_dim)
+        tl.store(grad_v_ptr + own, grad_v, mask=is_dim)
+    tl.store(grad_q_ptr + here, grad_q, mask=inside)

@@ -1,0 +1,139 @@
+"""Soft cross-entropy of one chunk of logits under the teacher, its gradient written over the logits.
+
+Shape suffixes: C pairs of a chunk, M teacher rows, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eagle3.kernels._triton import jit, tl
+
+_BLOCK = 4096
+
+
+class RowStats(NamedTuple):
+    """What one pass over rows of logits finds: (M,) each, in float32 or better; the argmax int32, lowest of equals."""
+
+    lse_M: Tensor
+    max_M: Tensor
+    argmax_M: Tensor
+
+
+def row_stats(logits_MD: Tensor) -> RowStats:
+    """Finds the log-sum-exp, the largest logit and its column in each row."""
+    if not logits_MD.is_cuda:
+        precise = logits_MD.to(torch.promote_types(torch.float32, logits_MD.dtype))
+        max_M, argmax_M = precise.max(dim=-1)
+        return RowStats(precise.logsumexp(dim=-1), max_M, argmax_M.int())
+    num_rows, width = logits_MD.shape
+    lse_M = torch.empty(num_rows, dtype=torch.float32, device=logits_MD.device)
+    stats = RowStats(lse_M, torch.empty_like(lse_M), torch.empty_like(lse_M, dtype=torch.int32))
+    if num_rows:
+        _row_stats_kernel[(num_rows,)](logits_MD, *stats, width, BLOCK=_BLOCK, num_warps=8)
+    return stats
+
+
+def soft_cross_entropy_(
+    logits_CD: Tensor,
+    teacher_MD: Tensor,
+    teacher_lse_M: Tensor,
+    *,
+    teacher_C: Tensor,
+    weight_C: Tensor,
+    loss_C: Tensor,
+    argmax_C: Tensor,
+) -> None:
+    """Scores a chunk: -weight * sum_v p_v log q_v, p the teacher's softmax and q the draft's.
+
+    Args:
+        logits_CD: The draft's logits; replaced by the gradient of the loss.
+        teacher_MD: The teacher's logits of the draft vocabulary.
+        teacher_lse_M: Their log-sum-exp.
+        teacher_C: int32, the teacher row of each pair.
+        weight_C: float32 or better, the weight of each pair.
+        loss_C: Overwritten by the weighted loss.
+        argmax_C: int32, overwritten by the draft's greedy token, the lowest of equal ones.
+    """
+    if not logits_CD.is_cuda:
+        precise = weight_C.dtype
+        logits = logits_CD.to(precise)
+        rows_C = teacher_C.long()
+        p = (teacher_MD[rows_C].to(precise) - teacher_lse_M[rows_C].to(precise)[:, None]).exp()
+        log_q = logits.log_softmax(dim=-1)
+        argmax_C.copy_(logits.argmax(dim=-1))
+        loss_C.copy_(-weight_C * (p * log_q).sum(dim=-1))
+        logits_CD.copy_((log_q.exp() - p) * weight_C[:, None])
+    elif len(logits_CD):
+        _soft_cross_entropy_kernel[(len(logits_CD),)](
+            *(logits_CD, teacher_MD, teacher_lse_M, teacher_C, weight_C, loss_C, argmax_C, logits_CD.shape[1]),
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
+
+
+@jit
+def _row_stats_kernel(logits_ptr, lse_ptr, max_ptr, argmax_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    top = float("-inf")
+    best = 0
+    total = 0.0
+    for start in range(0, width, BLOCK):
+        inside = start + column < width
+        logits = tl.load(logits_ptr + row * width + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        here, where = tl.max(logits, axis=0, return_indices=True)
+        above = tl.maximum(top, here)
+        best = tl.where(here > top, start + where, best)
+        total = total * tl.exp(top - above) + tl.sum(tl.exp(logits - above))
+        top = above
+    tl.store(lse_ptr + row, top + tl.log(total))
+    tl.store(max_ptr + row, top)
+    tl.store(argmax_ptr + row, best)
+
+
+@jit
+def _soft_cross_entropy_kernel(
+    logits_ptr,
+    teacher_ptr,
+    teacher_lse_ptr,
+    teacher_index_ptr,
+    weight_ptr,
+    loss_ptr,
+    argmax_ptr,
+    width,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    teacher_row = tl.load(teacher_index_ptr + pair).to(tl.int64)
+    teacher_lse = tl.load(teacher_lse_ptr + teacher_row)
+    weight = tl.load(weight_ptr + pair)
+    top = float("-inf")
+    best = 0
+    total = 0.0
+    expected = 0.0
+    for start in range(0, width, BLOCK):
+        inside = start + column < width
+        logits = tl.load(logits_ptr + pair * width + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        teacher = tl.load(teacher_ptr + teacher_row * width + start + column, mask=inside, other=float("-inf"))
+        p = tl.exp(teacher.to(tl.float32) - teacher_lse)
+        expected += tl.sum(tl.where(inside, p * logits, 0.0))
+        here, where = tl.max(logits, axis=0, return_indices=True)
+        above = tl.maximum(top, here)
+        best = tl.where(here > top, start + where, best)
+        total = total * tl.exp(top - above) + tl.sum(tl.exp(logits - above))
+        top = above
+    lse = top + tl.log(total)
+    tl.store(loss_ptr + pair, weight * (lse - expected))
+    tl.store(argmax_ptr + pair, best)
+    for start in range(0, width, BLOCK):
+        inside = start + column < width
+        place = logits_ptr + pair * width + start + column
+        logits = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
+        teacher = tl.load(teacher_ptr + teacher_row * width + start + column, mask=inside, other=float("-inf"))
+        grad = weight * (tl.exp(logits - lse) - tl.exp(teacher.to(tl.float32) - teacher_lse))
+        tl.store(place, grad, mask=inside)

@@ -1,0 +1,168 @@
+"""Tests for `eagle3.fused`: the step by hand against autograd."""
+
+# Expected values stand on the left.
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from eagle3.draft import Draft, draft_config
+from eagle3.flat import FlatWeights
+from eagle3.fused import FusedStep
+from eagle3.pairs import plan_pairs
+from eagle3.teacher import teach
+from eagle3.unroll import TrainingTimeTest, plan_rows
+
+
+def make_draft(*, hidden=8, heads=(4, 2), head_dim=4, vocab=11, draft_vocab=6, intermediate=10, dtype=torch.float64):
+    """A draft with weights large enough that every path matters."""
+    config = draft_config(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_attention_heads=heads[0],
+            num_key_value_heads=heads[1],
+            head_dim=head_dim,
+            vocab_size=vocab,
+        ),
+        draft_vocab_size=draft_vocab,
+    )
+    generator = torch.Generator().manual_seed(0)
+    draft = Draft(config).double()
+    ids = torch.randperm(vocab, generator=generator)[:draft_vocab].sort().values
+    weights = torch.randn(2, vocab, hidden, generator=generator, dtype=torch.float64)
+    draft.init_from_target_(embedding_VH=weights[0], head_VH=weights[1], draft_ids_D=ids)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(scale * noise + (parameter.dim() == 1))
+    return draft.to(dtype)
+
+
+def make_batch(draft, mask, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    loss_mask = torch.tensor(mask, dtype=torch.bool)
+    hidden = draft.config.hidden_size
+    dtype = draft.fc.weight.dtype
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "input_ids_BT": torch.randint(draft.config.vocab_size, loss_mask.shape, generator=generator),
+        "loss_mask_BT": loss_mask,
+        "aux_BTA": normal(*loss_mask.shape, 3 * hidden),
+        "hidden_BTE": normal(*loss_mask.shape, hidden),
+        "head_VE": normal(draft.config.vocab_size, hidden),
+    }
+
+
+def autograd(draft, batch, *, num_steps):
+    """The sums of `TrainingTimeTest` and the gradients that autograd finds."""
+    draft.zero_grad()
+    result = TrainingTimeTest(draft, num_steps=num_steps)(*batch.values())
+    result.loss_sum.backward()
+    return result, {name: p.grad.clone() for name, p in draft.named_parameters() if p.requires_grad}
+
+
+def run_fused(step, weights, batch, *, num_steps):
+    device = weights.copy.device
+    sequences, tokens = batch["loss_mask_BT"].shape
+    rows = plan_rows(batch["loss_mask_BT"].cpu(), num_steps)
+    plan = plan_pairs(rows, num_sequences=sequences, num_tokens=tokens).to(device)
+    dtype = weights.copy.dtype
+    hidden_ME = batch["hidden_BTE"].to(device, dtype).flatten(0, 1)[plan.teacher_rows_M]
+    teacher = teach(hidden_ME, batch["head_VE"].to(device, dtype), step._draft.target_ids())
+    result = step(
+        plan, batch["input_ids_BT"].to(device).flatten(), batch["aux_BTA"].to(device, dtype).flatten(0, 1), teacher
+    )
+    return result, {name: weights.view(weights.grad, name).clone() for name in weights.parameters}
+
+
+def check_equal(expected, actual, tolerance):
+    expected_result, expected_grads = expected
+    result, grads = actual
+    torch.testing.assert_close(expected_result.loss_sum.detach(), result.loss_sum.cpu(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(expected_result.weight_sum, result.weight_sum.cpu(), check_dtype=False)
+    assert expected_result.counts.as_tensor().tolist() == result.counts.as_tensor().tolist()
+    assert set(expected_grads) == set(grads)
+    for name, grad in expected_grads.items():
+        error = (grad - grads[name].cpu().to(grad.dtype)).norm()
+        assert error <= tolerance * (grad.norm() + 1e-6), f"{name}: {error} of {grad.norm()}"
+
+
+MASK = [[0, 0, 1, 1, 1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_all_sums_and_gradients_are_those_of_autograd(num_steps):
+    draft = make_draft()
+    batch = make_batch(draft, MASK)
+    expected = autograd(draft, batch, num_steps=num_steps)
+    weights = FlatWeights(draft, dtype=torch.float64)
+    step = FusedStep(draft, weights, num_steps=num_steps)
+    check_equal(expected, run_fused(step, weights, batch, num_steps=num_steps), 1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    mask=st.integers(1, 9).flatmap(
+        lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=3)
+    ),
+    num_steps=st.integers(1, 4),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 4), (8, 2)]),
+)
+def test_any_mask_gives_the_gradients_of_autograd(mask, num_steps, heads):
+    draft = make_draft(heads=heads)
+    batch = make_batch(draft, mask)
+    expected = autograd(draft, batch, num_steps=num_steps)
+    weights = FlatWeights(draft, dtype=torch.float64)
+    check_equal(
+        expected, run_fused(FusedStep(draft, weights, num_steps=num_steps), weights, batch, num_steps=num_steps), 1e-9
+    )
+
+
+def test_a_second_batch_with_another_mask_owes_nothing_to_the_first():
+    draft = make_draft()
+    batches = [make_batch(draft, MASK), make_batch(draft, [row[::-1] for row in MASK], seed=1)]
+    expected = [autograd(draft, batch, num_steps=3) for batch in batches]
+    weights = FlatWeights(draft, dtype=torch.float64)
+    step = FusedStep(draft, weights, num_steps=3)
+    for batch, result in zip(batches, expected, strict=True):
+        check_equal(result, run_fused(step, weights, batch, num_steps=3), 1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_on_a_gpu_in_bfloat16_it_is_nearer_to_the_truth_than_plain_autograd(deterministic):
+    """Both in bfloat16 on the same rounded weights and inputs, against autograd in float64."""
+    draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1500, draft_vocab=1000, intermediate=512)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.copy_(parameter.bfloat16())
+    mask = (torch.arange(300) % 90 >= 30).repeat(2, 1)
+    mask[1] = mask[1].flip(0)
+    batch = make_batch(draft, mask.tolist())
+    batch = {name: x.bfloat16().double() if x.is_floating_point() else x for name, x in batch.items()}
+    # One position mask for all: rounded logits would decide some greedy tokens otherwise.
+    batch["hidden_BTE"] = 4 * batch["hidden_BTE"]
+    expected, expected_grads = autograd(draft, batch, num_steps=5)
+    weights = FlatWeights(draft.cuda().float(), dtype=torch.bfloat16)
+    step = FusedStep(draft, weights, num_steps=5, deterministic=deterministic)
+    result, grads = run_fused(step, weights, batch, num_steps=5)
+    again, grads_again = run_fused(step, weights, batch, num_steps=5)
+    plain = draft.bfloat16()
+    moved = {name: x.cuda().bfloat16() if x.is_floating_point() else x.cuda() for name, x in batch.items()}
+    _, plain_grads = autograd(plain, moved, num_steps=5)
+    assert abs(float(result.loss_sum) / float(expected.loss_sum.detach()) - 1) < 1e-2
+    for name, grad in expected_grads.items():
+        error = ((grads[name].cpu().double() - grad).norm() / grad.norm()).item()
+        plain_error = ((plain_grads[name].cpu().double() - grad).norm() / grad.norm()).item()
+        assert error < max(3e-2, 1.5 * plain_error), f"{name}: {error}, plain bfloat16 {plain_error}"
+        if deterministic:
+            assert torch.equal(grads[name], grads_again[name])
+    assert torch.equal(result.counts.supervised, again.counts.supervised)
