@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,10 @@ from transformers import LlamaConfig
 from eagle3.draft import Draft, draft_config
 from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
 from eagle3.fused import FusedStep
+from eagle3.graphs import GraphedStep, StepInputs, pays_off
 from eagle3.pairs import plan_pairs
 from eagle3.teacher import TeacherHead
-from eagle3.unroll import TrainingTimeTest, plan_rows
+from eagle3.unroll import TrainingTimeTest, UnrollResult, plan_rows
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Bench:
         # The head's first rows are longer, so that the greedy token mostly lies in the draft vocabulary.
         self.head_VE[: model.draft_vocab] *= 1.5
         ids = torch.arange(model.draft_vocab, device=device)
-        self.draft.init_from_target_(embedding_VH=self.head_VE, head_VH=self.head_VE, draft_ids_D=ids)
+        self.draft.init_from_target_(embedding_VE=self.head_VE, head_VE=self.head_VE, draft_ids_D=ids)
         self.draft.embed_tokens.to(dtype)
         size = (work.sequences, work.tokens)
         self.mask = spans(work)
@@ -135,14 +136,30 @@ class Bench:
         optimizer = FlatAdamW(weights, lr=1e-4)
         head = TeacherHead(self.head_VE, self.draft.target_ids())
         rows = plan_rows(self.mask, work.steps)
-        plan = plan_pairs(rows, num_sequences=work.sequences, num_tokens=work.tokens).to(self.device)
-        hidden, aux, ids = self.hidden.flatten(0, 1), self.aux.flatten(0, 1), self.ids.flatten()
-        argmax = head.teach(hidden[plan.teacher_rows_M]).argmax_M
+        plan = plan_pairs(rows, num_sequences=work.sequences, num_tokens=work.tokens)
+        inputs = StepInputs(
+            plan=plan,
+            input_ids_L=self.ids.flatten(),
+            aux_LA=self.aux.flatten(0, 1),
+            hidden_LE=self.hidden.flatten(0, 1),
+        )
+        on_device = replace(inputs, plan=plan.to(self.device))
+        argmax = head.teach(inputs.hidden_LE[on_device.plan.teacher_rows_M]).argmax_M if known_argmax else None
+
+        def sums(inputs: StepInputs) -> UnrollResult:
+            hidden_ME = inputs.hidden_LE.index_select(0, inputs.plan.teacher_rows_M)
+            teacher = head.teach(hidden_ME) if argmax is None else head.teach_known(hidden_ME, argmax)
+            return step(inputs.plan, inputs.input_ids_L, inputs.aux_LA, teacher)
+
+        num_pairs = work.steps * len(plan.row_N)
+        has_graph = (
+            self.device.type == "cuda" and argmax is None and pays_off(weights.copy.numel(), num_pairs=num_pairs)
+        )
+        graphed = GraphedStep(sums)
 
         def run() -> Tensor:
-            rows = hidden.index_select(0, plan.teacher_rows_M)
-            teacher = head.teach_known(rows, argmax) if known_argmax else head.teach(rows)
-            result = step(plan, ids, aux, teacher)
+            # As in a run of the trainer: rows and pairs come from the host where shapes are fixed.
+            result = graphed(inputs) if has_graph else sums(on_device)
             factor, _ = clip_factor(weights.grad, scale=1 / result.weight_sum, max_norm=1.0)
             optimizer.step(scale=factor)
             return result.loss_sum / result.weight_sum

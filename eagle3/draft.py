@@ -374,6 +374,11 @@ class Draft(nn.Module):
         keys = self._rope.rotate(self._heads(attention.k_proj(inputs)), positions)
         return keys, self._heads(attention.v_proj(inputs))
 
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether the largest position of a call changes how all of its positions are rotated."""
+        return self._rope.depends_on_length
+
     def rope_angles(self, positions: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Computes cosines and sines of positions (rows,), (rows, d / 2) each, as queries and keys are rotated by."""
         return self._rope.angles(positions, dtype=dtype, device=positions.device)

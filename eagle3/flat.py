@@ -3,11 +3,10 @@
 Shape suffixes: none; buffers are flat, (elements,).
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eagle3.draft import Draft
 from eagle3.kernels.optimizer import adamw_
@@ -18,6 +17,9 @@ _ALIGNMENT = 64
 
 class FlatWeights:
     """Master weights, their copies in the compute dtype and their gradients, each in one buffer.
+
+    `grad` belongs to one batch and has the dtype of the copies; `summed_grad` is that of an optimizer step, in the
+    dtype of the masters where it is a sum over several batches.
 
     The draft's parameters become views of `master`; loading into them and saving them goes on as before. Projections
     that read the same input lie side by side, so that one product serves them all.
@@ -53,20 +55,50 @@ class FlatWeights:
             view = self.view(self.master, name)
             view.copy_(parameter.detach())
             parameter.data = view
+        self._sum: Tensor | None = None
+        self.summed_grad = self.grad
         self.refresh_()
 
+    def collect_(self, *, is_first: bool, is_last: bool) -> None:
+        """Adds the gradients of one of several batches to `summed_grad`, which of a single batch are they themselves.
+
+        Args:
+            is_first: Whether it is the first batch of an optimizer step.
+            is_last: Whether it is the last.
+        """
+        if is_first and is_last:
+            self.summed_grad = self.grad
+            return
+        if self._sum is None:
+            self._sum = torch.zeros_like(self.master)
+        if is_first:
+            self._sum.zero_()
+        self._sum += self.grad
+        self.summed_grad = self._sum
+
     def _lay_out(self) -> dict[str, int]:
-        """The first element of each weight, in an order that keeps fused weights together."""
+        """The first element of each weight: vectors, then what is fused, then the other matrices, the head last."""
         fused = [name for _, names in self._FUSED for name in names]
-        order = fused + [name for name in self.parameters if name not in fused]
+        vectors = [name for name, parameter in self.parameters.items() if parameter.dim() <= 1]
+        others = [name for name in self.parameters if name not in fused and name not in vectors]
+        goes_on = {name for _, names in self._FUSED for name in names[1:]}
         places, end = {}, 0
-        starts_of_group = {names[0] for _, names in self._FUSED}
-        for name in order:
-            if name not in fused or name in starts_of_group:
+        for name in [*vectors, *fused, *others]:
+            if name not in goes_on:
                 end += -end % _ALIGNMENT
             places[name] = end
             end += self.parameters[name].numel()
         return places
+
+    @property
+    def start_of_matrices(self) -> int:
+        """The first element behind the vectors."""
+        return self._places[self._FUSED[0][1][0]]
+
+    @property
+    def start_of_head(self) -> int:
+        """The first element of the head, which is the last weight."""
+        return self._places["lm_head.weight"]
 
     def refresh_(self) -> None:
         """Brings the copies up to date after something else than the optimizer changed the parameters."""
@@ -106,8 +138,12 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        parameters: Iterable[nn.Parameter] = weights.parameters.values()
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        parameters = list(weights.parameters.values())
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
+            {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+        ]
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._weights = weights
         self._exp_avg = torch.zeros_like(weights.master)
         self._exp_avg_sq = torch.zeros_like(weights.master)
@@ -144,19 +180,21 @@ class FlatAdamW(torch.optim.Optimizer):
             scale: Scalar tensor that multiplies the gradients; None for 1.
         """
         assert closure is None
-        group = self.param_groups[0]
         weights = self._weights
         self._step += 1
-        self._lr.fill_(group["lr"])
-        adamw_(
-            *(weights.master, self._exp_avg, self._exp_avg_sq, weights.grad, weights.copy),
-            scale=torch.ones_like(self._lr) if scale is None else scale,
-            lr=self._lr,
-            step=self._step,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+        middle = weights.start_of_matrices
+        for group, part in zip(self.param_groups, (slice(middle, None), slice(0, middle)), strict=True):
+            self._lr.fill_(group["lr"])
+            adamw_(
+                *(weights.master[part], self._exp_avg[part], self._exp_avg_sq[part]),
+                *(weights.summed_grad[part], weights.copy[part]),
+                scale=torch.ones_like(self._lr) if scale is None else scale,
+                lr=self._lr,
+                step=self._step,
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
 
 
 def clip_factor(grad: Tensor, *, scale: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
@@ -60,11 +62,22 @@ class FusedStep:
             num_queries=config.num_attention_heads, num_keys=config.num_key_value_heads, head_dim=config.head_dim
         )
         precise = torch.promote_types(torch.float32, weights.copy.dtype)
-        self._weight_S = decay ** torch.arange(num_steps, dtype=precise, device=weights.copy.device)
+        weight_S = decay ** torch.arange(num_steps, dtype=precise, device=weights.copy.device)
+        # One more, for pairs that only fill up a fixed shape.
+        self._weight_S = functional.pad(weight_S, (0, 1))
         self._target_ids_D: Tensor | None = None
         self._angles: Angles | None = None
 
-    def __call__(self, plan: PairPlan, input_ids_L: Tensor, aux_LA: Tensor, teacher: Teacher) -> UnrollResult:
+    def __call__(
+        self,
+        plan: PairPlan,
+        input_ids_L: Tensor,
+        aux_LA: Tensor,
+        teacher: Teacher,
+        *,
+        with_gradients: bool = True,
+        on_head_gradient: Callable[[], None] | None = None,
+    ) -> UnrollResult:
         """Runs one batch.
 
         Args:
@@ -72,14 +85,19 @@ class FusedStep:
             input_ids_L: int64 token ids.
             aux_LA: The target's captured states, in the dtype of the copies.
             teacher: What the target says at the plan's teacher rows.
+            with_gradients: Whether to write `weights.grad`; without, it is left alone.
+            on_head_gradient: Called once the gradient of the head is there, long before the others are.
 
         Returns:
             The sums; the gradient of `loss_sum` is in `weights.grad`.
         """
         with torch.no_grad():
             tape = self._unroll(plan, input_ids_L, aux_LA)
-            result = self._score(plan, tape.normed_PH, teacher)
-            self._backward(plan, tape, aux_LA)
+            result = self._score(plan, tape.normed_PH, teacher, with_gradients=with_gradients)
+            if with_gradients:
+                if on_head_gradient is not None:
+                    on_head_gradient()
+                self._backward(plan, tape, aux_LA)
         return result
 
     def _w(self, name: str) -> Tensor:
@@ -185,7 +203,7 @@ class FusedStep:
     def _gate_up(self) -> Tensor:
         return self._weights.fused(self._weights.copy, "gate_up")
 
-    def _score(self, plan: PairPlan, normed_PH: Tensor, teacher: Teacher) -> UnrollResult:
+    def _score(self, plan: PairPlan, normed_PH: Tensor, teacher: Teacher, *, with_gradients: bool) -> UnrollResult:
         """Scores all pairs chunk by chunk; the gradient of `normed_PH` replaces it."""
         head_DH, grad_head_DH = self._w("lm_head.weight"), self._grad("lm_head.weight")
         if self._target_ids_D is None:
@@ -194,7 +212,7 @@ class FusedStep:
         loss_P = torch.empty_like(weight_P)
         argmax_P = torch.empty_like(plan.teacher_P)
         lse_M = teacher.lse_M if teacher.lse_M is not None else row_stats(teacher.logits_MD).lse_M
-        if not len(normed_PH):
+        if with_gradients and not len(normed_PH):
             grad_head_DH.zero_()
         for start in range(0, len(normed_PH), _CHUNK):
             chunk = slice(start, start + _CHUNK)
@@ -208,6 +226,8 @@ class FusedStep:
                 loss_C=loss_P[chunk],
                 argmax_C=argmax_P[chunk],
             )
+            if not with_gradients:
+                continue
             if start == 0:
                 torch.mm(logits_CD.T, normed_PH[chunk], out=grad_head_DH)
             else:
@@ -413,7 +433,8 @@ class _Tape:
             post_SNH=new((num_steps, num_rows, hidden)),
             gate_up_SN2I=new((num_steps, num_rows, 2 * intermediate)),
             active_SNI=new((num_steps, num_rows, intermediate)),
-            normed_PH=new((num_pairs, hidden)),
+            # Pairs without a row must be numbers, too.
+            normed_PH=down_HI.new_zeros((num_pairs, hidden)),
             attention=[],
             middle_NH=[],
             state_NH=[],

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from eagle3.config import TrainConfig
+from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
+
+_BETAS = (0.9, 0.95)
 
 
 class DraftOptimizer:
@@ -25,16 +28,19 @@ class DraftOptimizer:
     def __init__(self, draft: nn.Module, config: TrainConfig) -> None:
         self.config = config
         self.parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
-        self.adamw = AdamW(
+        self.adamw = self._make()
+        self.obey_config()
+
+    def _make(self) -> Optimizer:
+        return AdamW(
             [
                 {"params": [parameter for parameter in self.parameters if parameter.dim() > 1]},
                 {"params": [parameter for parameter in self.parameters if parameter.dim() <= 1]},
             ],
-            lr=config.lr,
-            betas=(0.9, 0.95),
+            lr=self.config.lr,
+            betas=_BETAS,
             fused=True,
         )
-        self.obey_config()
 
     def obey_config(self) -> None:
         """Set the weight decay of matrices; also after a checkpoint brought back that of an earlier config."""
@@ -52,13 +58,45 @@ class DraftOptimizer:
         Returns:
             The learning rate, and the norm of the scaled gradients before they were shortened, on their device.
         """
-        norm = scale_and_clip_(self.parameters, scale=scale, max_norm=self.config.max_grad_norm)
         lr = self.config.lr * lr_factor(seen_before, seen_after, warmup_ratio=self.config.warmup_ratio)
         for group in self.adamw.param_groups:
             group["lr"] = lr
+        return lr, self._move(scale)
+
+    def _move(self, scale: Tensor) -> Tensor:
+        norm = scale_and_clip_(self.parameters, scale=scale, max_norm=self.config.max_grad_norm)
         self.adamw.step()
         self.adamw.zero_grad()
-        return lr, norm
+        return norm
+
+
+class FlatDraftOptimizer(DraftOptimizer):
+    """The same on the flat buffers of a draft: scaling, clipping, AdamW and the copies in one pass.
+
+    Args:
+        draft: On its device.
+        config: Learning rate, schedule, decay and clipping.
+        weights: Of that draft.
+    """
+
+    def __init__(self, draft: nn.Module, config: TrainConfig, weights: FlatWeights) -> None:
+        self._weights = weights
+        super().__init__(draft, config)
+
+    def _make(self) -> Optimizer:
+        self._flat = FlatAdamW(self._weights, lr=self.config.lr, betas=_BETAS)
+        return self._flat
+
+    def obey_config(self) -> None:
+        """Also bring the copies of the weights up to date, which a checkpoint does not know."""
+        super().obey_config()
+        self._weights.refresh_()
+
+    def _move(self, scale: Tensor) -> Tensor:
+        grad = self._weights.summed_grad
+        factor, norm = clip_factor(grad, scale=scale, max_norm=self.config.max_grad_norm)
+        self._flat.step(scale=factor)
+        return norm
 
 
 def lr_factor(seen_before: float, seen_after: float, *, warmup_ratio: float) -> float:

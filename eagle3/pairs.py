@@ -5,10 +5,12 @@ Shape suffixes: B sequences, T tokens, L = BT, N rows that carry loss, S steps, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eagle3.kernels.causal import Segments
 from eagle3.unroll import RowPlan
@@ -28,8 +30,8 @@ class PairPlan:
         token_SN: Flat index of the token that a row reads at a step.
         supervised_SN: bool.
         pair_SN: Index into P of a supervised pair; -1 for none.
-        step_P: Step of each pair. Pairs stand in the order of their teacher rows, so that those that share one
-            meet in the cache.
+        step_P: Step of each pair, S for one that does not count. Pairs stand in the order of their teacher rows, so
+            that those that share one meet in the cache.
         teacher_P: Index into M of each pair's teacher.
         teacher_rows_M: Flat index of each token whose hidden state teaches.
         segments: Where attention starts anew.
@@ -50,18 +52,22 @@ class PairPlan:
     segments: Segments
 
     def to(self, device: torch.device) -> PairPlan:
-        """The plan on a device; from pinned memory without waiting for it."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if field.name != "segments"
-        }
-        segments = replace(self.segments, starts=self.segments.starts.to(device, non_blocking=True))
-        return PairPlan(**moved, segments=segments)
+        """The plan on a device; a GPU fetches it while the host goes on."""
+        return self._map(lambda x: x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x)
+
+    def copy_(self, other: PairPlan) -> None:
+        """Take over another plan of the same shapes; its segments must be those of this one."""
+        for field in fields(self):
+            if field.name != "segments":
+                getattr(self, field.name).copy_(getattr(other, field.name), non_blocking=True)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> PairPlan:
+        moved = {field.name: move(getattr(self, field.name)) for field in fields(self) if field.name != "segments"}
+        return PairPlan(**moved, segments=replace(self.segments, starts=move(self.segments.starts)))
 
 
 def plan_pairs(plan: RowPlan, *, num_sequences: int, num_tokens: int) -> PairPlan:
-    """Derives the plan of a batch of whole sequences from its rows.
+    """Derives the plan of a batch from its rows.
 
     Args:
         plan: On the CPU.
@@ -69,6 +75,7 @@ def plan_pairs(plan: RowPlan, *, num_sequences: int, num_tokens: int) -> PairPla
         num_tokens: T.
     """
     num_all = num_sequences * num_tokens
+    every = torch.arange(num_all, dtype=torch.int32)
     num_steps, num_rows = plan.supervised_SN.shape
     step_P, index_P = plan.supervised_SN.nonzero(as_tuple=True)
     teacher_P = plan.teacher_SN[step_P, index_P]
@@ -78,9 +85,10 @@ def plan_pairs(plan: RowPlan, *, num_sequences: int, num_tokens: int) -> PairPla
     pair_SN[step_P, index_P] = torch.arange(len(step_P), dtype=torch.int32)
     row_of_token_L = torch.full((num_all,), -1, dtype=torch.int32)
     row_of_token_L[plan.rows_N] = torch.arange(num_rows, dtype=torch.int32)
-    time_L = torch.arange(num_tokens, dtype=torch.int32).repeat(num_sequences)
-    # The last row of a sequence has no next token. It reads its own: no row with loss sees that key.
-    next_L = torch.arange(num_all, dtype=torch.int32) + (time_L < num_tokens - 1)
+    time_L = plan.positions_BT.expand(num_sequences, num_tokens).flatten().int()
+    # The last row of all has no next token. It reads its own: no row with loss sees the key of a document's last row.
+    next_L = (every + 1).clamp(max=num_all - 1)
+    starts = (time_L == 0).nonzero().squeeze(1).int()
     return PairPlan(
         row_N=plan.rows_N.int(),
         position_N=plan.time_N.int(),
@@ -95,8 +103,42 @@ def plan_pairs(plan: RowPlan, *, num_sequences: int, num_tokens: int) -> PairPla
         teacher_P=teacher_P.int(),
         teacher_rows_M=plan.teacher_rows_M.int(),
         segments=Segments(
-            starts=torch.arange(num_sequences + 1, dtype=torch.int32) * num_tokens,
-            longest=num_tokens,
-            num_sequences=num_sequences,
+            starts=torch.cat((starts, torch.tensor([num_all], dtype=torch.int32))),
+            longest=int(time_L.max()) + 1,
+            num_sequences=num_sequences if plan.starts_N is None else None,
         ),
+    )
+
+
+def padded(plan: PairPlan, *, num_rows: int, num_pairs: int, num_teachers: int) -> PairPlan:
+    """The same plan with more rows, pairs and teacher rows that carry nothing, for a step of fixed shapes.
+
+    Further rows are real ones without loss, so that none is written twice; further pairs have a step past the last,
+    whose weight is zero, and no row.
+
+    Args:
+        plan: On the CPU.
+        num_rows: At least N, at most L.
+        num_pairs: At least P.
+        num_teachers: At least M.
+    """
+    num_steps, num_now = plan.supervised_SN.shape
+    unused = (plan.row_of_token_L < 0).nonzero().squeeze(1)[: num_rows - num_now].int()
+    more = len(unused)
+    last = len(plan.row_of_token_L) - 1
+    row_of_token_L = plan.row_of_token_L.clone()
+    row_of_token_L[unused.long()] = torch.arange(num_now, num_now + more, dtype=torch.int32)
+    token_SN = (unused + 1 + torch.arange(num_steps, dtype=torch.int32)[:, None]).clamp(max=last)
+    pad_pairs, pad_teachers = num_pairs - len(plan.step_P), num_teachers - len(plan.teacher_rows_M)
+    return replace(
+        plan,
+        row_N=torch.cat((plan.row_N, unused)),
+        position_N=torch.cat((plan.position_N, plan.position_L[unused.long()])),
+        row_of_token_L=row_of_token_L,
+        token_SN=torch.cat((plan.token_SN, token_SN), dim=1),
+        supervised_SN=functional.pad(plan.supervised_SN, (0, more)),
+        pair_SN=functional.pad(plan.pair_SN, (0, more), value=-1),
+        step_P=functional.pad(plan.step_P, (0, pad_pairs), value=num_steps),
+        teacher_P=functional.pad(plan.teacher_P, (0, pad_pairs)),
+        teacher_rows_M=functional.pad(plan.teacher_rows_M, (0, pad_teachers)),
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eagle3.data import Batch
 from eagle3.errors import NumericsError
+from eagle3.features import Features
 from eagle3.inputs import Target
 from eagle3.loss import StepCounts
 from eagle3.optimizer import DraftOptimizer
@@ -50,16 +51,46 @@ class Scorer:
         Returns:
             Its sums, and whether a feature is not finite, as a scalar bool on the device.
         """
-        input_ids_BT, loss_mask_BT = batch.input_ids_BT.to(self.device), batch.loss_mask_BT.to(self.device)
-        documents_BT = None if batch.documents_BT is None else batch.documents_BT.to(self.device)
-        features = self.target.features_of(batch)
-        finite = features.aux_BTA.isfinite().all() & features.hidden_BTE.isfinite().all()
+        features, is_bad = self.features(batch)
+        documents_BT = None if batch.documents_BT is None else to_device(batch.documents_BT, self.device)
         aux_BTA = features.aux_BTA if self.feature_dtype is None else features.aux_BTA.to(self.feature_dtype)
         with self.autocast:
             result: UnrollResult = self.unroll(
-                input_ids_BT, loss_mask_BT, aux_BTA, features.hidden_BTE, self.target.head_VE, documents_BT
+                *(to_device(batch.input_ids_BT, self.device), to_device(batch.loss_mask_BT, self.device)),
+                *(aux_BTA, features.hidden_BTE, self.target.head_VE, documents_BT),
             )
-        return result, ~finite
+        return result, is_bad
+
+    def features(self, batch: Batch) -> tuple[Features, Tensor]:
+        """Runs the target.
+
+        Returns:
+            Its states, and whether one is not finite, as a scalar bool on the device.
+        """
+        features = self.target.features_of(batch)
+        finite = features.aux_BTA.isfinite().all() & features.hidden_BTE.isfinite().all()
+        return features, ~finite
+
+    def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:  # noqa: ARG002
+        """Scores one of the batches of an optimizer step and adds the gradients of its sum to those of the others.
+
+        Args:
+            batch: To score.
+            is_first: Whether it is the first of the step.
+            is_last: Whether it is the last; then the processes exchange their gradients and keep the mean.
+
+        Returns:
+            As for a call.
+        """
+        with nullcontext() if is_last else gradients_stay_local(self.unroll):
+            result, is_bad = self(batch)
+            result.loss_sum.backward()
+        return result, is_bad
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The same on a device; a GPU fetches it while the host goes on."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +141,7 @@ def take_step(
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     counts: StepCounts | None = None
     for index, batch in enumerate(micro_batches):
-        is_last = index == len(micro_batches) - 1
-        with nullcontext() if is_last else gradients_stay_local(scorer.unroll):
-            result, is_bad = scorer(batch)
-            result.loss_sum.backward()
+        result, is_bad = scorer.learn(batch, is_first=index == 0, is_last=index == len(micro_batches) - 1)
         sums[:3] += torch.stack((result.loss_sum.detach().double(), result.weight_sum.double(), is_bad.double()))
         counts = result.counts if counts is None else counts + result.counts
     assert counts is not None

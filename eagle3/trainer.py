@@ -20,11 +20,14 @@ from eagle3.checkpoint import (
 from eagle3.config import RunConfig, write_run_config
 from eagle3.data import Batch, BatchOrder, batches
 from eagle3.draft import Draft, draft_config
+from eagle3.errors import ConfigError
+from eagle3.flat import FlatWeights
+from eagle3.fused_scorer import FusedScorer, obstacle
 from eagle3.inputs import RunInputs, choose_vocab, open_inputs
 from eagle3.loss import Objective
 from eagle3.metrics import METRICS as METRICS
 from eagle3.metrics import Measurement, MetricsLog, Sums
-from eagle3.optimizer import DraftOptimizer
+from eagle3.optimizer import DraftOptimizer, FlatDraftOptimizer
 from eagle3.parallel import Ranks
 from eagle3.progress import Display
 from eagle3.step import Scorer, StepResult, Watch, take_step
@@ -82,23 +85,10 @@ class _Run:
         self.request = request
         self.order = self._order_of(data)
         draft = self._make_draft()
-        unroll = TrainingTimeTest(
-            draft,
-            num_steps=config.unroll.steps,
-            decay=config.unroll.decay,
-            objective=Objective(kind=config.unroll.loss, lk_decay=config.unroll.lk_decay),
-        )
-        self.scorer = Scorer(
-            target,
-            ranks.distribute(unroll, config.parallel),
-            device=ranks.device,
-            precision=_precision(config, ranks.device),
-            dtype=draft.fc.weight.dtype,
-        )
+        self.scorer, optimizer = self._make_scorer_and_optimizer(draft)
         self.state = RunState(
             draft=draft,
-            # After sharding, which puts other parameters into the draft.
-            optimizer=DraftOptimizer(draft, config.train),
+            optimizer=optimizer,
             progress=Progress(),
             config=config,
             data_digest=data.digest,
@@ -239,6 +229,32 @@ class _Run:
         if self.ranks.is_first:
             write_draft_config(out, config)
         return draft
+
+    def _make_scorer_and_optimizer(self, draft: Draft) -> tuple[Scorer, DraftOptimizer]:
+        """The step by hand where it is faster and possible, else the one under autograd."""
+        config, ranks = self.config, self.ranks
+        precision = _precision(config, ranks.device)
+        reason = obstacle(config, draft)
+        kind = config.train.step or ("fused" if ranks.device.type == "cuda" and reason is None else "autograd")
+        if kind == "fused":
+            if reason is not None:
+                raise ConfigError(f"train.step is fused, but {reason}. Leave out train.step, or set it to autograd.")
+            weights = FlatWeights(draft, dtype=precision)
+            scorer = FusedScorer(self.target, draft, weights, config=config, ranks=ranks)
+            return scorer, FlatDraftOptimizer(draft, config.train, weights)
+        unroll = TrainingTimeTest(
+            draft,
+            num_steps=config.unroll.steps,
+            decay=config.unroll.decay,
+            objective=Objective(kind=config.unroll.loss, lk_decay=config.unroll.lk_decay),
+        )
+        distributed = ranks.distribute(unroll, config.parallel)
+        dtype = draft.fc.weight.dtype
+        # The optimizer comes after sharding, which puts other parameters into the draft.
+        return (
+            Scorer(self.target, distributed, device=ranks.device, precision=precision, dtype=dtype),
+            DraftOptimizer(draft, config.train),
+        )
 
     def _order_of(self, data: EncodedData) -> BatchOrder:
         return BatchOrder(

@@ -1,14 +1,17 @@
 """Triton where it is installed. The CPU builds of torch bring none, and there every kernel's torch twin runs."""
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-    tl = None
+#: What Triton gives kernels to work with; its annotations are never read without it.
+triton: Any = None
+tl: Any = None
+
+if find_spec("triton"):
+    triton = import_module("triton")
+    tl = import_module("triton.language")
 
 
 def jit(kernel: Callable[..., Any]) -> Any:

@@ -124,7 +124,8 @@ def causal_attention_backward(
 
 def _by_head(x_LHd: Tensor, num_sequences: int) -> Tensor:
     """A view (B, heads, T, d), as cuDNN takes it."""
-    return x_LHd.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+    by_sequence: Tensor = x_LHd.unflatten(0, (num_sequences, -1))
+    return by_sequence.transpose(1, 2)
 
 
 def _parts(segments: Segments) -> list[slice]:

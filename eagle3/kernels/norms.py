@@ -260,10 +260,11 @@ def _rms_norm_backward_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
     grad_second_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    second_weight = weight
     if HAS_SECOND:
         second_weight = tl.load(second_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    for row_32 in range(program, num_rows, tl.num_programs(0)):
-        row = row_32.to(tl.int64)
+    for index in range(program, num_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
         x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x) / width + eps)
         hat = x * rstd

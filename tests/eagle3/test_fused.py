@@ -2,6 +2,8 @@
 
 # Expected values stand on the left.
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from eagle3.draft import Draft, draft_config
-from eagle3.flat import FlatWeights
+from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
 from eagle3.fused import FusedStep
-from eagle3.pairs import plan_pairs
-from eagle3.teacher import teach
+from eagle3.graphs import GraphedStep, StepInputs
+from eagle3.pairs import padded, plan_pairs
+from eagle3.teacher import TeacherHead, teach
 from eagle3.unroll import TrainingTimeTest, plan_rows
 
 
@@ -33,7 +36,7 @@ def make_draft(*, hidden=8, heads=(4, 2), head_dim=4, vocab=11, draft_vocab=6, i
     draft = Draft(config).double()
     ids = torch.randperm(vocab, generator=generator)[:draft_vocab].sort().values
     weights = torch.randn(2, vocab, hidden, generator=generator, dtype=torch.float64)
-    draft.init_from_target_(embedding_VH=weights[0], head_VH=weights[1], draft_ids_D=ids)
+    draft.init_from_target_(embedding_VE=weights[0], head_VE=weights[1], draft_ids_D=ids)
     with torch.no_grad():
         for parameter in draft.parameters():
             scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
@@ -63,16 +66,17 @@ def make_batch(draft, mask, *, seed=0):
 def autograd(draft, batch, *, num_steps):
     """The sums of `TrainingTimeTest` and the gradients that autograd finds."""
     draft.zero_grad()
-    result = TrainingTimeTest(draft, num_steps=num_steps)(*batch.values())
+    names = ("input_ids_BT", "loss_mask_BT", "aux_BTA", "hidden_BTE", "head_VE", "documents_BT")
+    result = TrainingTimeTest(draft, num_steps=num_steps)(*(batch.get(name) for name in names))
     result.loss_sum.backward()
     return result, {name: p.grad.clone() for name, p in draft.named_parameters() if p.requires_grad}
 
 
-def run_fused(step, weights, batch, *, num_steps):
+def run_fused(step, weights, batch, *, num_steps, change=lambda plan: plan, with_gradients=True):
     device = weights.copy.device
     sequences, tokens = batch["loss_mask_BT"].shape
-    rows = plan_rows(batch["loss_mask_BT"].cpu(), num_steps)
-    plan = plan_pairs(rows, num_sequences=sequences, num_tokens=tokens).to(device)
+    rows = plan_rows(batch["loss_mask_BT"].cpu(), num_steps, documents_BT=batch.get("documents_BT"))
+    plan = change(plan_pairs(rows, num_sequences=sequences, num_tokens=tokens)).to(device)
     dtype = weights.copy.dtype
     hidden_ME = batch["hidden_BTE"].to(device, dtype).flatten(0, 1)[plan.teacher_rows_M]
     teacher = teach(hidden_ME, batch["head_VE"].to(device, dtype), step._draft.target_ids())
@@ -125,6 +129,47 @@ def test_any_mask_gives_the_gradients_of_autograd(mask, num_steps, heads):
     )
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    row=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=2, max_size=12),
+    num_steps=st.integers(1, 4),
+)
+def test_documents_side_by_side_give_the_gradients_of_autograd(row, num_steps):
+    draft = make_draft()
+    batch = make_batch(draft, [[masked for masked, _ in row]] * 2)
+    documents = torch.tensor([[number for _, number in row]] * 2).sort(dim=1).values
+    batch["documents_BT"] = documents
+    expected = autograd(draft, batch, num_steps=num_steps)
+    weights = FlatWeights(draft, dtype=torch.float64)
+    step = FusedStep(draft, weights, num_steps=num_steps)
+    check_equal(expected, run_fused(step, weights, batch, num_steps=num_steps), 1e-9)
+
+
+def test_rows_and_pairs_that_only_fill_a_shape_change_nothing():
+    draft = make_draft()
+    batch = make_batch(draft, MASK)
+    expected = autograd(draft, batch, num_steps=3)
+    weights = FlatWeights(draft, dtype=torch.float64)
+    step = FusedStep(draft, weights, num_steps=3)
+
+    def fill(plan):
+        return padded(plan, num_rows=len(plan.row_N) + 3, num_pairs=len(plan.step_P) + 5, num_teachers=20)
+
+    check_equal(expected, run_fused(step, weights, batch, num_steps=3, change=fill), 1e-10)
+
+
+def test_the_sums_without_gradients_are_the_same_and_leave_gradients_alone():
+    draft = make_draft()
+    batch = make_batch(draft, MASK)
+    weights = FlatWeights(draft, dtype=torch.float64)
+    step = FusedStep(draft, weights, num_steps=3)
+    learned, grads = run_fused(step, weights, batch, num_steps=3)
+    scored, same = run_fused(step, weights, batch, num_steps=3, with_gradients=False)
+    assert learned.loss_sum == scored.loss_sum
+    assert learned.counts.as_tensor().tolist() == scored.counts.as_tensor().tolist()
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+
+
 def test_a_second_batch_with_another_mask_owes_nothing_to_the_first():
     draft = make_draft()
     batches = [make_batch(draft, MASK), make_batch(draft, [row[::-1] for row in MASK], seed=1)]
@@ -166,3 +211,77 @@ def test_on_a_gpu_in_bfloat16_it_is_nearer_to_the_truth_than_plain_autograd(dete
         if deterministic:
             assert torch.equal(grads[name], grads_again[name])
     assert torch.equal(result.counts.supervised, again.counts.supervised)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+def test_a_step_waits_for_nothing_and_its_graph_gives_the_same():
+    """Two masks in turn through one graph, which serves both; a synchronisation would raise."""
+    draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1500, draft_vocab=1000, intermediate=512)
+    weights = FlatWeights(draft.float().cuda(), dtype=torch.bfloat16)
+    step = FusedStep(draft, weights, num_steps=3)
+    optimizer = FlatAdamW(weights, lr=0.0)
+    masks = [((torch.arange(400) + shift) % 90 >= 30).repeat(2, 1) for shift in (0, 45)]
+    batches = [make_batch(draft.cpu(), mask.tolist(), seed=seed) for seed, mask in enumerate(masks)]
+    draft.cuda()
+    head = TeacherHead(batches[0]["head_VE"].cuda().bfloat16(), draft.target_ids())
+
+    def run(inputs):
+        return step(
+            *(inputs.plan, inputs.input_ids_L, inputs.aux_LA),
+            head.teach(inputs.hidden_LE.index_select(0, inputs.plan.teacher_rows_M)),
+        )
+
+    graphed = GraphedStep(run)
+    inputs = []
+    for batch in batches:
+        plan = plan_pairs(plan_rows(batch["loss_mask_BT"], 3), num_sequences=2, num_tokens=400)
+        inputs.append(
+            StepInputs(
+                plan=plan,
+                input_ids_L=batch["input_ids_BT"].cuda().flatten(),
+                aux_LA=batch["aux_BTA"].cuda().bfloat16().flatten(0, 1),
+                hidden_LE=batch["hidden_BTE"].cuda().bfloat16().flatten(0, 1),
+            )
+        )
+    expected = []
+    for part in inputs:
+        result = run(replace(part, plan=part.plan.to(torch.device("cuda"))))
+        expected.append((result.loss_sum.item(), result.counts.as_tensor().tolist(), weights.grad.clone()))
+    graphed(inputs[0])
+    factor = torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = []
+        for part in inputs:
+            result = graphed(part)
+            factor, _ = clip_factor(weights.grad, scale=factor, max_norm=1.0)
+            optimizer.step(scale=factor)
+            found.append((result, weights.grad.clone()))
+            run(replace(part, plan=part.plan.to(torch.device("cuda"))))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (loss, counts, grad), (result, graphed_grad) in zip(expected, found, strict=True):
+        assert loss == pytest.approx(result.loss_sum.item(), rel=1e-5)
+        assert counts == result.counts.as_tensor().tolist()
+        assert (grad - graphed_grad).float().norm() < 1e-2 * grad.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+def test_the_deterministic_step_repeats_to_the_bit_on_long_sequences():
+    """On short ones every step does."""
+    draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1500, draft_vocab=1000, intermediate=512)
+    batch = make_batch(draft.float(), (torch.arange(4096) % 900 >= 300).repeat(1, 1).tolist())
+    weights = FlatWeights(draft.cuda(), dtype=torch.bfloat16)
+    step = FusedStep(draft, weights, num_steps=4, deterministic=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [run_fused(step, weights, batch, num_steps=4) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for result, grads in runs[1:]:
+        assert torch.equal(runs[0][0].loss_sum, result.loss_sum)
+        assert [] == [name for name in grads if not torch.equal(runs[0][1][name], grads[name])]

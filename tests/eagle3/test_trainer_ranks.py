@@ -46,7 +46,7 @@ def largest_difference(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in floating)
 
 
-@pytest.mark.parametrize("kind", ["data", "shard", "hybrid-1", "hybrid-2"])
+@pytest.mark.parametrize("kind", ["data", "fused", "shard", "hybrid-1", "hybrid-2"])
 def test_two_processes_learn_what_one_does(folder, kind):
     """The split over processes changes only the order of additions."""
     whole, two = metrics_of(folder / "whole"), metrics_of(folder / kind)
@@ -60,7 +60,7 @@ def test_two_processes_learn_what_one_does(folder, kind):
     assert TOLERANCE > largest_difference(*weights)
 
 
-@pytest.mark.parametrize("run", ["accumulated", "accumulated-shard"])
+@pytest.mark.parametrize("run", ["accumulated", "accumulated-fused", "accumulated-shard"])
 def test_accumulated_batches_are_one_batch(folder, run):
     """Twice two processes of one conversation are one of four; the epoch's last step has half as many."""
     expected, actual = metrics_of(folder / "alone-large"), metrics_of(folder / run)

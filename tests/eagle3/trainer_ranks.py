@@ -17,6 +17,8 @@ RUNS = {
     "shard": {"epochs": 1, "kind": "shard"},
     "hybrid-1": {"epochs": 1, "kind": "hybrid", "shard_size": 1},
     "hybrid-2": {"epochs": 1, "kind": "hybrid", "shard_size": 2},
+    "fused": {"epochs": 1, "train": {"step": "fused"}},
+    "accumulated-fused": {"epochs": 1, "train": {"accumulate": 2, "step": "fused"}},
     "accumulated": {"epochs": 1, "train": {"accumulate": 2}},
     "accumulated-shard": {"epochs": 1, "kind": "shard", "train": {"accumulate": 2}},
     "whole": {"every_steps": 3},

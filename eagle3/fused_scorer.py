@@ -1,0 +1,151 @@
+"""Runs target and fused step over a batch, and exchanges gradients between processes while others are still made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eagle3.config import RunConfig
+from eagle3.data import Batch
+from eagle3.draft import Draft
+from eagle3.flat import FlatWeights
+from eagle3.fused import FusedStep
+from eagle3.graphs import GraphedStep, StepInputs, pays_off
+from eagle3.inputs import Target
+from eagle3.pairs import PairPlan, plan_pairs
+from eagle3.parallel import Ranks
+from eagle3.step import Scorer, to_device
+from eagle3.teacher import TeacherHead
+from eagle3.unroll import TrainingTimeTest, UnrollResult, plan_rows
+
+
+def obstacle(config: RunConfig, draft: Draft) -> str | None:
+    """Why a run cannot use the fused step, as the end of a sentence; None if it can."""
+    options = draft.config
+    if options.norm_before_residual or options.fc_norm or options.norm_before_fc or options.norm_output:
+        return "the draft has norms of EAGLE-3.1"
+    if draft.embed_tokens.weight.requires_grad:
+        return "the draft trains an embedding of its own"
+    if draft.rope_depends_on_length:
+        return "the rope's frequencies depend on the length of a sequence"
+    if config.unroll.loss != "soft_cross_entropy":
+        return f"unroll.loss is {config.unroll.loss}"
+    if config.parallel.kind != "data":
+        return f"parallel.kind is {config.parallel.kind}"
+    return None
+
+
+class FusedScorer(Scorer):
+    """Runs target and draft over a batch without autograd.
+
+    Args:
+        target: Gives the features.
+        draft: Whole in each process; `obstacle` has nothing against it.
+        weights: Of that draft.
+        config: Of the run.
+        ranks: The processes that learn together.
+    """
+
+    def __init__(self, target: Target, draft: Draft, weights: FlatWeights, *, config: RunConfig, ranks: Ranks) -> None:
+        unroll = TrainingTimeTest(draft, num_steps=config.unroll.steps, decay=config.unroll.decay)
+        super().__init__(target, unroll, device=ranks.device, precision=weights.copy.dtype, dtype=draft.fc.weight.dtype)
+        self._draft = draft
+        self._weights = weights
+        self._ranks = ranks
+        self._num_steps = config.unroll.steps
+        self._step = FusedStep(
+            draft,
+            weights,
+            num_steps=config.unroll.steps,
+            decay=config.unroll.decay,
+            deterministic=config.train.deterministic,
+        )
+        self._head: TeacherHead | None = None
+        self._graphed = GraphedStep(self._run)
+        # gloo only adds.
+        self._averages = ranks.device.type == "cuda"
+
+    def __call__(self, batch: Batch) -> tuple[UnrollResult, Tensor]:
+        """Scores a batch, as `Scorer` does, and leaves gradients alone."""
+        inputs, argmax_L, is_bad = self._inputs(batch)
+        return self._run(_on(inputs, self.device), argmax_L, with_gradients=False), is_bad
+
+    def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:
+        """As `Scorer` says; the gradients are in `weights.summed_grad`."""
+        inputs, argmax_L, is_bad = self._inputs(batch)
+        pending: list[dist.Work] = []
+        # The gradient of the head alone is a third of all, and is there before the recurrence goes back.
+        goes_early = self._ranks.world_size > 1 and is_first and is_last and not self._is_short(inputs.plan)
+        if self._is_short(inputs.plan):
+            result = self._graphed(inputs)
+        else:
+            head_grad = self._weights.grad[self._weights.start_of_head :]
+            result = self._run(
+                _on(inputs, self.device),
+                argmax_L,
+                on_head_gradient=(lambda: pending.append(self._exchange(head_grad))) if goes_early else None,
+            )
+        self._weights.collect_(is_first=is_first, is_last=is_last)
+        if is_last and self._ranks.world_size > 1:
+            end = self._weights.start_of_head if goes_early else None
+            pending.append(self._exchange(self._weights.summed_grad[:end]))
+            for work in pending:
+                work.wait()
+            if not self._averages:
+                self._weights.summed_grad.div_(self._ranks.world_size)
+        return result, is_bad
+
+    def _inputs(self, batch: Batch) -> tuple[StepInputs, Tensor | None, Tensor]:
+        """The step's inputs, their plan still on the host; the target's greedy tokens if known; whether any is bad."""
+        features, is_bad = self.features(batch)
+        rows = plan_rows(batch.loss_mask_BT, self._num_steps, documents_BT=batch.documents_BT)
+        num_sequences, num_tokens = batch.input_ids_BT.shape
+        inputs = StepInputs(
+            plan=plan_pairs(rows, num_sequences=num_sequences, num_tokens=num_tokens),
+            input_ids_L=to_device(batch.input_ids_BT, self.device).flatten(),
+            aux_LA=features.aux_BTA.to(self._weights.copy.dtype).flatten(0, 1),
+            hidden_LE=features.hidden_BTE.flatten(0, 1),
+        )
+        return inputs, None if features.argmax_BT is None else features.argmax_BT.flatten(), is_bad
+
+    def _run(
+        self,
+        inputs: StepInputs,
+        argmax_L: Tensor | None = None,
+        *,
+        with_gradients: bool = True,
+        on_head_gradient: Callable[[], None] | None = None,
+    ) -> UnrollResult:
+        if self._head is None:
+            # Not before a checkpoint brought the vocabulary.
+            self._head = TeacherHead(self.target.head_VE, self._draft.target_ids())
+        hidden_ME = inputs.hidden_LE.index_select(0, inputs.plan.teacher_rows_M)
+        if argmax_L is None:
+            teacher = self._head.teach(hidden_ME)
+        else:
+            teacher = self._head.teach_known(hidden_ME, argmax_L[inputs.plan.teacher_rows_M])
+        return self._step(
+            *(inputs.plan, inputs.input_ids_L, inputs.aux_LA, teacher),
+            with_gradients=with_gradients,
+            on_head_gradient=on_head_gradient,
+        )
+
+    def _is_short(self, plan: PairPlan) -> bool:
+        if self.device.type != "cuda" or plan.segments.num_sequences is None:
+            return False
+        return pays_off(self._weights.copy.numel(), num_pairs=len(plan.row_N) * self._num_steps)
+
+    def _exchange(self, grad: Tensor) -> dist.Work:
+        work: dist.Work | None = dist.all_reduce(
+            grad, dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM, async_op=True
+        )
+        assert work is not None
+        return work
+
+
+def _on(inputs: StepInputs, device: torch.device) -> StepInputs:
+    return replace(inputs, plan=inputs.plan.to(device))
