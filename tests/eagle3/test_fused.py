@@ -215,6 +215,7 @@ def test_on_a_gpu_in_bfloat16_it_is_nearer_to_the_truth_than_plain_autograd(dete
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_waits_for_nothing_and_its_graph_gives_the_same():
     """Two masks in turn through one graph, which serves both; a synchronisation would raise."""
     draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1500, draft_vocab=1000, intermediate=512)
