@@ -9,7 +9,15 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from eagle3.errors import ConfigError, TargetError
 
@@ -29,13 +37,18 @@ class TargetDescription:
 
     Attributes:
         name: As it was given: a folder, or a name in the local Hugging Face cache.
-        config: Its text config.
+        whole_config: As in `config.json`.
         end_ids: The tokens that end what it generates, ascending.
     """
 
     name: str
-    config: Any
+    whole_config: Any
     end_ids: tuple[int, ...]
+
+    @property
+    def config(self) -> Any:
+        """The text config: of a model that also sees or hears, its decoder's."""
+        return self.whole_config.get_text_config(decoder=True)
 
     @property
     def vocab_size(self) -> int:
@@ -66,7 +79,12 @@ def describe_target(folder_or_name: str | Path) -> TargetDescription:
         # Not every model has one; the model's own config then says how a sequence ends.
         generation = None
     text = config.get_text_config(decoder=True)
-    return TargetDescription(name=str(folder_or_name), config=text, end_ids=end_ids(generation, text))
+    return TargetDescription(name=str(folder_or_name), whole_config=config, end_ids=end_ids(generation, text))
+
+
+def model_class(whole_config: Any) -> Any:
+    """The class of transformers that builds a model of this config: causal, or one that reads images too."""
+    return AutoModelForCausalLM if type(whole_config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:

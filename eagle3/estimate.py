@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from eagle3.cache import bytes_per_token
 from eagle3.config import RunConfig
 from eagle3.conversations import count_conversations
-from eagle3.description import TargetDescription, choose_layers, describe_target
+from eagle3.description import TargetDescription, choose_layers, describe_target, model_class
 from eagle3.draft import Draft, draft_config
 from eagle3.errors import ConfigError
 from eagle3.inputs import asked_layers, known_data
@@ -120,17 +120,16 @@ def estimate(config: RunConfig, *, num_processes: int) -> Estimate:
         )
     with torch.device("meta"):
         draft = Draft(draft_config(description.config, draft_vocab_size=vocab_size, options=config.draft))
-        target_parameters = sum(parameter.numel() for parameter in _meta_target(description).parameters())
-    trainable = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in draft.parameters() if not parameter.requires_grad)
+        target = model_class(description.whole_config).from_config(description.whole_config)
+    trainable = _num_elements(draft, requires_grad=True)
     data = _estimate_data(config, description)
     per_token = bytes_per_token(description.hidden_size, config.target.dtype)
     return Estimate(
-        target_parameters=target_parameters,
+        target_parameters=sum(parameter.numel() for parameter in target.parameters()),
         trainable_parameters=trainable,
-        frozen_parameters=frozen,
+        frozen_parameters=_num_elements(draft, requires_grad=False),
         target_layers=layers,
-        memory=_memory(config, draft, description, target_parameters=target_parameters, num_processes=num_processes),
+        memory=_memory(config, draft, target, num_processes=num_processes),
         checkpoint_bytes=_checkpoint_bytes(
             draft, trainable=trainable, consolidated=config.checkpoint.save_consolidated
         ),
@@ -198,32 +197,30 @@ def _about(result: Estimate) -> str:
     return "" if result.data is not None and result.data.is_counted else "about "
 
 
-def _meta_target(description: TargetDescription) -> Any:
-    return AutoModelForCausalLM.from_config(description.config)
+def _num_elements(draft: Draft, *, requires_grad: bool) -> int:
+    return sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad == requires_grad)
 
 
-def _memory(
-    config: RunConfig,
-    draft: Draft,
-    description: TargetDescription,
-    *,
-    target_parameters: int,
-    num_processes: int,
-) -> dict[str, int]:
-    on_gpu = config.train.precision != "float32"
-    compute = 2 if on_gpu else 4
+def _memory(config: RunConfig, draft: Draft, target: PreTrainedModel, *, num_processes: int) -> dict[str, int]:
+    """Bytes of one device, by what they are for; draft and target on the meta device."""
+    compute = 4 if config.train.precision == "float32" else 2
     target_bytes = 2 if config.target.dtype == "bfloat16" else 4
-    trainable = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in draft.parameters() if not parameter.requires_grad)
+    trainable = _num_elements(draft, requires_grad=True)
     shared_by = {"data": 1, "shard": num_processes, "hybrid": config.parallel.shard_size or num_processes}
     own = -(-trainable // shared_by[config.parallel.kind])
-    width, vocab = description.hidden_size, description.vocab_size
-    tied = bool(getattr(description.config, "tie_word_embeddings", False))
-    tables = vocab * width * (1 if tied else 2)
+    embedding: Any = target.get_input_embeddings()
+    head: Any = target.get_output_embeddings()
+    vocab, width = embedding.weight.shape
+    # Of a target whose states come from disk only these two are there, or one that is both.
+    tables = {id(table.weight): table.weight.numel() for table in (embedding, head)}
+    loaded = target.parameters() if config.target.cache is None else ()
+    num_target = sum(parameter.numel() for parameter in loaded) or sum(tables.values())
     num_tokens = config.train.batch_size * config.data.max_length
     return {
-        "weights of the target": target_bytes * (target_parameters if config.target.cache is None else tables),
-        "embedding of the draft": 0 if draft.config.hidden_size == width else 4 * frozen,
+        "weights of the target": target_bytes * num_target,
+        "embedding of the draft": 0
+        if draft.config.hidden_size == width
+        else 4 * _num_elements(draft, requires_grad=False),
         "master weights (float32)": 4 * own,
         "weights to compute with": compute * trainable if compute < 4 else 0,
         "gradients (float32)": 4 * own,

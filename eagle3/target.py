@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle3.data import Batch, positions_of
 from eagle3.description import (
     LOAD_ERRORS,
     LOAD_OPTIONS,
     choose_layers,
+    describe_target,
     end_ids,
     load_tokenizer,
+    model_class,
     require_tokens_fit,
     unreadable,
 )
@@ -31,7 +33,7 @@ _HEAD_TOLERANCE = 0.02
 
 
 class FrozenTarget:
-    """A causal language model of transformers that is only read: in eval mode, without gradients.
+    """A causal language model of transformers, or the text part of one that also reads images, that is only read.
 
     Layer ids follow the "layers executed" convention: id k is the input of layer k, which is the output of layer k - 1
     and `hidden_states[k]` in transformers; id 0 is the embedding's output.
@@ -96,8 +98,9 @@ class FrozenTarget:
             ConfigError: As for the class.
         """
         tokenizer = load_tokenizer(folder_or_name)
+        whole_config = describe_target(folder_or_name).whole_config
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(whole_config).from_pretrained(
                 folder_or_name, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOAD_OPTIONS
             )
         except LOAD_ERRORS as error:

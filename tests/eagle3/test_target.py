@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from eagle3.data import Batch
+from eagle3.description import weights_digest
 from eagle3.errors import ConfigError, TargetError
 from eagle3.target import FrozenTarget
 
@@ -241,3 +243,132 @@ def test_a_head_of_its_own_is_kept_although_the_config_says_tied(tmp_path):
     loaded = FrozenTarget.load(tmp_path, dtype=torch.float32, device="cpu")
     assert torch.equal(model.lm_head.weight, loaded.head_VE)
     assert not torch.equal(loaded.embedding_VE, loaded.head_VE)
+
+
+#: Those whose attention knows where a document ends; the others are run on each document alone.
+PACKING_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "gpt_neox", "olmo2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_of_one_row_have_the_states_that_they_have_alone(family):
+    target = make_target(family)
+    ids = torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(0))
+    lengths = ((1, 4, 6), (7, 2, 2))
+    documents = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(row)) for row in lengths])
+    together = target.features(ids, documents_BT=documents)
+    for row, row_lengths in enumerate(lengths):
+        start = 0
+        for length in row_lengths:
+            alone = target.features(ids[row : row + 1, start : start + length])
+            part = (slice(row, row + 1), slice(start, start + length))
+            torch.testing.assert_close(alone.aux_BTA, together.aux_BTA[part], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(alone.hidden_BTE, together.hidden_BTE[part], rtol=1e-4, atol=1e-5)
+            start += length
+
+
+@pytest.mark.parametrize("family", PACKING_FAMILIES)
+def test_common_models_read_documents_side_by_side_in_one_forward(family):
+    target = make_target(family)
+    target.features(torch.tensor([[3, 4, 5]]), documents_BT=torch.tensor([[0, 0, 1]]))
+    assert target._packs
+
+
+def test_a_model_that_mixes_documents_is_run_on_each_alone():
+    target = make_target()
+    forward = target.decoder.forward
+    target.decoder.forward = lambda position_ids=None, **options: forward(**options)
+    together = target.features(torch.tensor([[3, 4, 5, 6, 7]]), documents_BT=torch.tensor([[0, 0, 1, 1, 1]]))
+    assert not target._packs
+    torch.testing.assert_close(target.features(torch.tensor([[5, 6, 7]])).hidden_BTE, together.hidden_BTE[:, 2:])
+
+
+def test_a_batch_gives_the_features_of_its_documents():
+    target = make_target()
+    ids, documents = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+    batch = Batch(input_ids_BT=ids, loss_mask_BT=ids > 0, documents_BT=documents)
+    assert torch.equal(target.features(ids, documents_BT=documents).aux_BTA, target.features_of(batch).aux_BTA)
+
+
+SMALL_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SMALL_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+IMAGE_READERS = {
+    "llava": {
+        "text_config": {"model_type": "llama", **SMALL_TEXT},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, **SMALL_VISION},
+    },
+    "gemma3": {"text_config": {"head_dim": 8, **SMALL_TEXT}, "vision_config": SMALL_VISION},
+    "qwen2_5_vl": {
+        "text_config": {
+            **SMALL_TEXT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("family", IMAGE_READERS)
+def test_of_a_model_that_also_reads_images_the_text_part_is_the_target(tmp_path, family):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[family](**IMAGE_READERS[family])).eval()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    target = FrozenTarget.load(tmp_path, dtype=torch.float32, device="cpu")
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    features, output = target.features(ids), model(input_ids=ids, output_hidden_states=True)
+    assert (2, 4, 5) == target.layer_ids
+    torch.testing.assert_close(torch.cat([output.hidden_states[k] for k in (2, 4, 5)], dim=-1), features.aux_BTA)
+    torch.testing.assert_close(output.logits, features.hidden_BTE @ target.head_VE.T)
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    make_model().config.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match=r"The model of the target .* cannot be loaded\. The folder must hold"):
+        FrozenTarget.load(tmp_path, dtype=torch.float32, device="cpu")
+
+
+def test_the_ends_of_a_sequence_come_from_all_configs():
+    model = make_model()
+    model.generation_config.eos_token_id = [5, 2]
+    assert (2, 5) == FrozenTarget(model, tokenizer=make_tokenizer()).end_ids
+
+
+def test_the_digest_of_weights_tells_a_trained_model_from_an_untrained_one(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "same")
+    for parameter in model.parameters():
+        parameter.data.add_(1e-3)
+    model.save_pretrained(tmp_path / "other")
+    one, same, other = (weights_digest(tmp_path / name) for name in ("one", "same", "other"))
+    assert (True, False) == (one == same, one == other)
+
+
+def test_a_folder_without_weights_has_no_digest(tmp_path):
+    with pytest.raises(TargetError, match=r"holds no \*\.safetensors\. Get the complete model\."):
+        weights_digest(tmp_path)

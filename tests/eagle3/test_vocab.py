@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from eagle3.errors import ConfigError, DataError
-from eagle3.tokens import Example
-from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
+from eagle3.files import TensorCache
+from eagle3.tokens import EncodedData, Example
+from eagle3.vocab import DraftVocab, choose_draft_vocab, count_supervised, draft_vocab, forced_ids, require_coverage
 
 
 @st.composite
@@ -102,3 +104,46 @@ def test_special_tokens_below_the_vocabulary_size_are_forced():
     counts = torch.zeros(4, dtype=torch.int64)
     assert (0, 2, 3) == forced_ids(tokenizer, counts)
     assert (0, 1, 2, 3) == forced_ids(tokenizer, counts, end_ids=[1, 9])
+
+
+def test_added_special_tokens_that_the_assistant_writes_are_forced():
+    """A template may end a turn with another token than the tokenizer's end of sequence."""
+    words = {"<s>": 0, "word": 1, "</s>": 2}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<s>")), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.add_tokens([AddedToken("<end>", special=True), AddedToken("<never>", special=True)])
+    counts = torch.tensor([0, 9, 1, 4, 0])
+    assert (0, 2, 3) == forced_ids(tokenizer, counts)
+
+
+@pytest.mark.parametrize(("coverage", "refused"), [(0.49, True), (0.5, False)])
+def test_a_vocabulary_that_holds_too_little_of_the_data_is_refused(coverage, refused):
+    vocab = DraftVocab(ids_D=torch.arange(3), target_size=9, coverage=coverage)
+    if not refused:
+        require_coverage(vocab, 0.5)
+        return
+    with pytest.raises(ConfigError) as caught:
+        require_coverage(vocab, 0.5)
+    expected = (
+        "The 3 most frequent tokens are only 49.00% of what the assistant wrote, below draft.min_coverage 50.00%; the "
+        "draft could never propose the rest. Raise draft.vocab_size, or lower draft.min_coverage if that is meant."
+    )
+    assert expected == str(caught.value)
+
+
+def test_a_vocabulary_is_kept_with_both_maps_under_a_digest_of_what_it_depends_on(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    example = Example(input_ids=torch.tensor([0, 3, 3, 5]), loss_mask=torch.tensor([False, True, True, True]))
+    data = EncodedData(examples=(example,), num_dropped=0, num_truncated=0)
+    options = {"target_vocab_size": 7, "end_ids": (6,), "cache": TensorCache(tmp_path)}
+    vocab = draft_vocab(data, tokenizer, size=3, **options)
+    (path,) = tmp_path.glob("vocab-*.safetensors")
+    kept = load_file(path)
+    assert [3, 5, 6] == vocab.ids_D.tolist() == (torch.arange(3) + kept["d2t"]).tolist()
+    assert vocab.t2d_V.tolist() == kept["t2d"].tolist()
+    assert [0, 0, 0, 2, 0, 1, 0] == kept["counts"].tolist()
+    draft_vocab(data, tokenizer, size=3, **options)
+    assert 1 == len(list(tmp_path.glob("vocab-*.safetensors")))
+    draft_vocab(data, tokenizer, size=4, **options)
+    assert 2 == len(list(tmp_path.glob("vocab-*.safetensors")))
