@@ -104,7 +104,7 @@ def collect(
         raise CheckpointError(
             "the ranks hold different parts of one model, as the stages of a pipeline do: one checkpoint takes their "
             f"tensors, but not yet {unfit}. Nothing was written. Save the model alone, and each stage's OptimizerState "
-            "with dcp.save in its own group"
+            "with dcp.save under a key of its own"
         )
     packed = on_all_ranks(lambda: pack_extra(extra or {}) if is_first_rank() else Extra())[rank()]
     whole = _gather(model, plan) if consolidated else None

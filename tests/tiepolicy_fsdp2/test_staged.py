@@ -21,7 +21,7 @@ SCHEDULES = ["one_forward_one_backward", "all_forward_all_backward"]
 OTHERS = [
     *("today_without_sync", "started_apart", "a_half_without_gradient"),
     *("a_stage_is_missing", "converted_apart", "two_halves_on_one_rank"),
-    *("save_and_load", "save_a_drifted_pair", "save_one_stage_twice", "save_with_optimizers"),
+    *("save_and_load", "resume", "save_a_drifted_pair", "save_one_stage_twice", "save_with_optimizers"),
 ]
 
 
@@ -40,7 +40,7 @@ def on_two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("four"), [*SCHEDULES, "save_and_load"], num_processes=4)
+    return run(tmp_path_factory.mktemp("four"), [*SCHEDULES, "save_and_load", "resume"], num_processes=4)
 
 
 def check_trained(result):
@@ -83,6 +83,15 @@ def test_stages_save_one_checkpoint_with_each_tie_once_and_load_their_halves_fro
 @pytest.mark.slow
 def test_stages_that_are_sharded_save_and_load(on_four):
     assert (True, True) == (on_four["save_and_load"]["same"], on_four["save_and_load"]["equal"])
+
+
+def test_stages_resume_to_the_bit(on_two):
+    assert on_two["resume"]["same"]
+
+
+@pytest.mark.slow
+def test_stages_that_are_sharded_resume_to_the_bit(on_four):
+    assert on_four["resume"]["same"]
 
 
 def test_what_stages_saved_loads_into_the_whole_model_here_and_by_plain_dcp(on_two):
