@@ -65,9 +65,18 @@ class RunCheckpoints:
         out: Folder of the run.
         ranks: The processes that train together.
         config: Which checkpoints are kept; all if not given.
+        policy: Decides which weights are one tensor; the default policy if not given.
     """
 
-    def __init__(self, out: str | Path, ranks: Ranks, config: CheckpointConfig | None = None) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        ranks: Ranks,
+        config: CheckpointConfig | None = None,
+        *,
+        policy: tiepolicy.Policy | None = None,
+    ) -> None:
+        self.make_plan = tiepolicy.plan if policy is None else policy.plan
         self.out = Path(out)
         self.ranks = ranks
         self.config = config = config or CheckpointConfig()
@@ -123,7 +132,7 @@ class RunCheckpoints:
             model=state.draft,
             optimizer=state.optimizer.adamw,
             extra=extra,
-            plan=tiepolicy.plan(state.draft),
+            plan=self.make_plan(state.draft),
             consolidated=self.config.save_consolidated,
             metrics=metrics,
         )
