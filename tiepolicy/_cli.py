@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiepolicy import _inspect
 from tiepolicy._contents import read_contents
-from tiepolicy._diff import diff
+from tiepolicy._diff import diff, diff_values
 from tiepolicy._plugins import installed_plugins
 from tiepolicy._verify import find_problems
 from tiepolicy.errors import TiePolicyError
@@ -62,16 +62,17 @@ def _inspect_command(options: argparse.Namespace) -> int:
 
 
 def _diff_command(options: argparse.Namespace) -> int:
-    differences = diff(read_contents(options.a), read_contents(options.b))
+    compare = diff_values if options.values else diff
+    comparison = compare(read_contents(options.a), read_contents(options.b))
     if options.json:
-        _print(_inspect.to_json(_inspect.difference_values(options.a, options.b, differences)))
+        _print(_inspect.to_json(_inspect.difference_values(options.a, options.b, comparison)))
     else:
-        _print(_inspect.show_differences(options.a, options.b, differences))
-    return FOUND if differences else OK
+        _print(_inspect.show_differences(options.a, options.b, comparison))
+    return FOUND if comparison.differences else OK
 
 
 def _verify_command(options: argparse.Namespace) -> int:
-    problems = find_problems(options.path)
+    problems = find_problems(options.path, owners=dict(options.owner))
     if options.json:
         _print(_inspect.to_json(_inspect.problem_values(options.path, problems)))
     else:
@@ -83,6 +84,13 @@ def _plugins_command(options: argparse.Namespace) -> int:
     plugins = installed_plugins()
     _print(_inspect.to_json(_inspect.plugin_values(plugins)) if options.json else _inspect.show_plugins(plugins))
     return OK
+
+
+def _owner(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if not (name and path and Path(path).exists()):
+        raise argparse.ArgumentTypeError(f"{_inspect.printable(text)} is no NAME=PATH of a file or folder")
+    return name, Path(path)
 
 
 def _print(text: str) -> None:
@@ -108,12 +116,23 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect_command, "show names, shapes, dtypes, sizes, tied groups and refused claims")
     inspect.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
-    compare = add("diff", _diff_command, "compare names, shapes, dtypes and ties of two checkpoints; not their values")
+    compare = add("diff", _diff_command, "compare names, shapes, dtypes, ties and recorded digests of two checkpoints")
     compare.add_argument("a", type=Path, metavar="A", help=_PATH_HELP)
     compare.add_argument("b", type=Path, metavar="B", help="what to compare it with, of any of these kinds")
+    compare.add_argument(
+        "--values", action="store_true", help="read the tensors of safetensors files and compare them byte by byte"
+    )
     verify = add(
         "verify", _verify_command, "hold headers, index, manifest and files of a checkpoint against each other"
     )
     verify.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    verify.add_argument(
+        "--owner",
+        type=_owner,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a safetensors file or Hugging Face folder of a model that owns tensors of this one; may be repeated",
+    )
     add("plugins", _plugins_command, "list the plugins that the default policy has loaded, and where they come from")
     return parser

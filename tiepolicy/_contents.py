@@ -1,9 +1,10 @@
 """Step 25, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._paths import MANIFEST, METADATA, member, read_json
 from tiepolicy._plan import TiePlan
@@ -19,6 +20,7 @@ DCP = "DCP folder"
 MODEL_PREFIX = "model."
 _INDEX = ".safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,11 @@ class Contents:
             for alias in group.aliases:
                 found[self.prefix + alias.name] = (self.prefix + group.canonical, alias.reason.value)
         return dict(sorted(found.items()))
+
+    def external(self) -> dict[str, ExternalTie]:
+        """The names that the manifest gives to other models, sorted; those with a digest are not stored."""
+        ties = () if self.plan is None else self.plan.external
+        return {self.prefix + tie.name: tie for tie in ties}
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype of a stored tensor or an alias."""
@@ -97,6 +104,34 @@ def read_contents(path: Path) -> Contents:
         recorded=recorded_aliases(headers.values()),
         plan=read_plan(path),
     )
+
+
+def read_pieces(contents: Contents, name: str) -> Iterator[bytes]:
+    """The bytes of a tensor, or of what it is an alias of, a few megabytes at a time.
+
+    Args:
+        contents: A safetensors file, or a Hugging Face folder.
+        name: A name in it.
+
+    Raises:
+        CheckpointError: If it is a DCP folder, or the file cannot be read.
+    """
+    stored = contents.tensors[contents.aliases().get(name, (name, ""))[0]]
+    if stored.start is None:
+        raise CheckpointError(f"{contents.path} is a {contents.form}, of which no single tensor is read", names=[name])
+    path = contents.path / stored.files[0] if contents.path.is_dir() else contents.path
+    left = stored.nbytes
+    try:
+        with path.open("rb") as file:
+            file.seek(stored.start)
+            while left:
+                piece = file.read(min(left, _PIECE_BYTES))
+                if not piece:
+                    raise CheckpointError(f"{path} was cut while it was read", names=[name])
+                left -= len(piece)
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def weight_files(folder: Path) -> list[str]:

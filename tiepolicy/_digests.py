@@ -21,13 +21,10 @@ def digest_problems(folder: Path) -> Iterator[str]:
     Raises:
         CheckpointError: If the record is damaged, or its algorithm is not at hand.
     """
-    path = folder / DIGESTS
-    if not path.exists():
+    algorithm, files = recorded_files(folder)
+    if algorithm is None:
         return
-    content = read_json(path)
-    files, new = content.get("files"), _algorithm(path, content.get("algorithm"))
-    if not isinstance(files, dict) or not all(_is_record(record) for record in files.values()):
-        raise CheckpointError(f"{path} is damaged: its files are no object of names with size and digest")
+    new = _algorithm(folder / DIGESTS, algorithm)
     for name, (size, digest) in sorted(files.items()):
         try:
             file = member(folder, name, named_by=DIGESTS)
@@ -39,6 +36,22 @@ def digest_problems(folder: Path) -> Iterator[str]:
             yield f"{file} has {found} bytes, but {size} were written: it was cut or replaced"
         elif _digest(file, new()) != digest:
             yield f"{file} does not hold what was written: its digest differs, so it was damaged or replaced"
+
+
+def recorded_files(folder: Path) -> tuple[str | None, dict[str, tuple[int, str]]]:
+    """The algorithm of a folder's record, None if it has none, and size and digest of each file by its name.
+
+    Raises:
+        CheckpointError: If the record is damaged.
+    """
+    path = folder / DIGESTS
+    if not path.exists():
+        return None, {}
+    content = read_json(path)
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(_is_record(record) for record in files.values()):
+        raise CheckpointError(f"{path} is damaged: its files are no object of names with size and digest")
+    return str(content.get("algorithm")), {name: (size, digest) for name, (size, digest) in files.items()}
 
 
 def _algorithm(path: Path, name: Any) -> Callable[[], Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tiepolicy._contents import Contents
-from tiepolicy._diff import Difference
+from tiepolicy._diff import FILE_DIFFERS, Comparison, Values
 from tiepolicy._digests import DIGESTS
+from tiepolicy._external import ExternalTie
 from tiepolicy._groups import RefusedClaim
 from tiepolicy._plugins import Plugin
 from tiepolicy._table import columns, count, format_bytes
@@ -22,9 +23,12 @@ def show_contents(contents: Contents) -> str:
     """Every name with its shape and place, then the claims that were refused."""
     aliases = contents.aliases()
     rows = [("name", "shape", "dtype", "size", "stored in")]
-    for name in sorted({*contents.tensors, *aliases}):
+    external = contents.external()
+    for name in sorted({*contents.tensors, *aliases, *external}):
         shape, dtype = contents.spec(name)
-        if name in aliases:
+        if name in external:
+            rows.append((name, str(shape), dtype, "", _owner(external[name])))
+        elif name in aliases:
             canonical, reason = aliases[name]
             rows.append((name, str(shape), dtype, "", f"= {canonical} ({reason})"))
         else:
@@ -38,6 +42,10 @@ def show_contents(contents: Contents) -> str:
     return "\n\n".join(parts)
 
 
+def _owner(tie: ExternalTie) -> str:
+    return f"= {tie.source} ({tie.digest[:12] if tie.digest else 'stored here too'})"
+
+
 def _summary(contents: Contents) -> str:
     num_stored = len(contents.tensors.keys() - contents.aliases().keys())
     lines = [f"{contents.path}: {contents.form}, {count(num_stored, 'tensor')} of {format_bytes(contents.nbytes)}"]
@@ -47,6 +55,10 @@ def _summary(contents: Contents) -> str:
             f"manifest: {count(len(contents.plan.groups), 'tied group')} ({saved} saved), "
             f"{count(len(contents.plan.refused), 'claim')} refused"
         )
+        if contents.plan.external:
+            owners = sorted({tie.owner for tie in contents.plan.external})
+            number = count(len(contents.plan.external), "tensor")
+            lines.append(f"{number} of other models: {', '.join(owners)} (with the SHA-256 of what is not stored)")
     elif contents.recorded:
         lines.append(f"no manifest; {count(len(contents.recorded), 'tie')} noted in the metadata of the file")
     else:
@@ -79,6 +91,10 @@ def contents_values(contents: Contents) -> dict[str, Any]:
             for name, stored in contents.tensors.items()
         },
         "groups": [{"canonical": name, "aliases": members} for name, members in sorted(groups.items())],
+        "external": [
+            {"name": name, "owner": tie.owner, "owner_name": tie.owner_name, "sha256": tie.digest}
+            for name, tie in sorted(contents.external().items())
+        ],
         "refused": [
             {
                 "names": [contents.prefix + name for name in refusal.claim.names],
@@ -91,19 +107,31 @@ def contents_values(contents: Contents) -> dict[str, Any]:
     }
 
 
-def show_differences(a: Path, b: Path, differences: Sequence[Difference]) -> str:
+_COMPARED = {
+    Values.READ: "and the same values",
+    Values.DIGESTS: "and the same values, by the digests that were recorded of their files",
+    Values.UNKNOWN: "only headers were compared, so their values may differ (--values reads them)",
+}
+
+
+def show_differences(a: Path, b: Path, comparison: Comparison) -> str:
     """One line for each name, or one sentence if there is none."""
+    differences = comparison.differences
     if not differences:
-        return sentence(f"A {a} and B {b} hold the same names with the same shapes, dtypes and ties")
+        head = f"A {a} and B {b} hold the same names with the same shapes, dtypes and ties"
+        return sentence(f"{head}{';' if comparison.values is Values.UNKNOWN else ''} {_COMPARED[comparison.values]}")
     rows = [("name", "difference", "A", "B"), *((d.name, d.kind, d.a, d.b) for d in differences)]
-    head = sentence(f"A {a} and B {b} differ in {count(len(differences), 'name')}")
+    num_files = sum(difference.kind == FILE_DIFFERS for difference in differences)
+    counts = [(len(differences) - num_files, "name"), (num_files, "file")]
+    head = sentence(f"A {a} and B {b} differ in {' and '.join(count(*pair) for pair in counts if pair[0])}")
     return f"{head}\n\n{_columns(rows)}"
 
 
-def difference_values(a: Path, b: Path, differences: Sequence[Difference]) -> dict[str, Any]:
-    """The same for programs."""
-    listed = [{"name": d.name, "kind": d.kind, "a": d.a, "b": d.b} for d in differences]
-    return {"a": str(a), "b": str(b), "same": not differences, "differences": listed}
+def difference_values(a: Path, b: Path, comparison: Comparison) -> dict[str, Any]:
+    """The same for programs; `same` is null where nothing differs and the values are not known."""
+    listed = [{"name": d.name, "kind": d.kind, "a": d.a, "b": d.b} for d in comparison.differences]
+    same = None if not listed and comparison.values is Values.UNKNOWN else not listed
+    return {"a": str(a), "b": str(b), "same": same, "values": comparison.values, "differences": listed}
 
 
 def show_problems(path: Path, problems: Sequence[str]) -> str:

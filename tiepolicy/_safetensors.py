@@ -51,6 +51,8 @@ class Stored(NamedTuple):
     nbytes: int
     #: File that holds it, relative to the checkpoint; several for a tensor in shards.
     files: tuple[str, ...]
+    #: Byte of its safetensors file at which its elements begin; None in other files.
+    start: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,9 @@ def read_header(path: Path) -> Header:
     spans = {name: _read_entry(path, name, entry) for name, entry in entries.items()}
     _check_spans(path, spans, size - _LENGTH_BYTES - length)
     ordered = sorted(spans.items(), key=lambda item: (item[1][:2], item[0]))
-    return Header(tensors={name: stored for name, (_, _, stored) in ordered}, metadata=metadata, size=size)
+    first = _LENGTH_BYTES + length
+    tensors = {name: stored._replace(start=first + start) for name, (start, _, stored) in ordered}
+    return Header(tensors=tensors, metadata=metadata, size=size)
 
 
 _Span = tuple[int, int, Stored]

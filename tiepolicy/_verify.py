@@ -1,13 +1,26 @@
 """Step 27, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
-from tiepolicy._contents import MODEL_PREFIX, index_file, plain, read_contents, read_index, read_plan, weight_files
+from tiepolicy._contents import (
+    MODEL_PREFIX,
+    Contents,
+    index_file,
+    plain,
+    read_contents,
+    read_index,
+    read_pieces,
+    read_plan,
+    weight_files,
+)
 from tiepolicy._digests import digest_problems
+from tiepolicy._facts import TensorSpec
 from tiepolicy._paths import MANIFEST, METADATA, member
 from tiepolicy._plan import TiePlan
 from tiepolicy._safetensors import Header, read_header
@@ -25,12 +38,17 @@ _Records = set[tuple[_Offsets | None, str, int, int]]
 _Value = TypeVar("_Value")
 
 
-def find_problems(path: Path) -> list[str]:
+def find_problems(path: Path, *, owners: Mapping[str, Path] = MappingProxyType({})) -> list[str]:
     """What is wrong with a checkpoint, as sentences; empty if nothing is.
 
     Holds headers against sizes of files, the index against the files, the manifest against the contents, every path
     against the folder, and every file against its digest if one was recorded. Without digests no tensor is read, and a
     flipped bit inside one is not found.
+
+    Args:
+        path: The checkpoint.
+        owners: Checkpoints of other models, by the names under which the manifest knows them. What it says belongs to
+            one of these is held against it.
     """
     problems: list[str] = []
     if path.is_dir():
@@ -41,7 +59,44 @@ def find_problems(path: Path) -> list[str]:
         _collect(problems, lambda: problems.extend(_dcp_problems(path)))
     else:
         _collect(problems, lambda: problems.extend(_hf_problems(path)))
+    for owner, place in owners.items():
+        _collect(problems, functools.partial(_collect_owned, problems, path, owner, place))
     return list(dict.fromkeys(problems))
+
+
+def _collect_owned(problems: list[str], folder: Path, owner: str, place: Path) -> None:
+    problems.extend(_owner_problems(folder, owner, read_contents(place)))
+
+
+def _owner_problems(folder: Path, owner: str, held: Contents) -> Iterator[str]:
+    """Where another model does not hold what the manifest says is its."""
+    plan = read_plan(folder) if folder.is_dir() else None
+    ties = [tie for tie in (() if plan is None else plan.external) if tie.owner == owner]
+    if not ties:
+        yield f"{folder} has no tensor that belongs to a model {owner!r}"
+    for tie in ties:
+        known = {*held.tensors, *held.aliases()}
+        spec = TensorSpec(tie.shape, tie.dtype)
+        if tie.owner_name not in known:
+            yield f"{tie.name} belongs to {tie.source}, but {held.path} holds no {tie.owner_name}"
+        elif held.spec(tie.owner_name) != plain(spec):
+            yield (
+                f"{tie.name} belongs to {tie.source}, which was {_show(plain(spec))} and is "
+                f"{_show(held.spec(tie.owner_name))} in {held.path}"
+            )
+        elif tie.digest is None:
+            yield f"{tie.name} belongs to {tie.source} without a digest, so {held.path} was not held against it"
+        elif tie.view is not None:
+            yield f"{tie.name} is a part of {tie.source}, whose digest cannot be checked against {held.path}"
+        else:
+            digest = hashlib.sha256()
+            for piece in read_pieces(held, tie.owner_name):
+                digest.update(piece)
+            if digest.hexdigest() != tie.digest:
+                yield (
+                    f"{tie.name} belongs to {tie.source}, but {held.path} holds other values of it: expected SHA-256 "
+                    f"{tie.digest[:12]}, found {digest.hexdigest()[:12]}"
+                )
 
 
 def _collect(problems: list[str], check: Callable[[], object]) -> None:
@@ -195,6 +250,9 @@ def _manifest_problems(
     for name in sorted(set(stored) - set(plan.stored())):
         if name not in plan.tensors:
             problems.append(f"{source} holds {name}, which {folder / MANIFEST} does not know")
+        elif plan.canonical(name) in plan.owned_elsewhere:
+            owner = plan.owned_elsewhere[plan.canonical(name)]
+            problems.append(f"{source} holds {name}, which {folder / MANIFEST} says belongs to {owner.source}")
         elif records is None or not _is_written_once(name, plan, records):
             problems.append(
                 f"{source} stores {name} and {plan.canonical(name)} apart, which {folder / MANIFEST} calls one tensor"

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 
+import tiepolicy
 import tiepolicy_dcp
 from models import FlaggedPair, TiedPair
-from tiepolicy import _plugins
+from tiepolicy import _contents, _plugins
 from tiepolicy._cli import main
 from tiepolicy._inspect import WIDTH, printable
 from tiepolicy._table import columns
@@ -86,7 +87,11 @@ lm_head.weight  only in A   (12, 4) float32 = embed_tokens.weight
 """
     assert (1, expected) == run(capsys, "diff", "tied", "file.safetensors")
     code, text = run(capsys, "diff", "tied", "tied")
-    assert (0, "A tied and B tied hold the same names with the same shapes, dtypes and ties\n") == (code, text)
+    expected = """\
+A tied and B tied hold the same names with the same shapes, dtypes and ties and the same values, by
+  the digests that were recorded of their files
+"""
+    assert (0, expected) == (code, text)
 
 
 def test_diff_gives_programs_everything(folder, capsys):
@@ -97,7 +102,124 @@ def test_diff_gives_programs_everything(folder, capsys):
         "a": f"(12, 4) float32 = model.{EMBED}",
         "b": "(8, 4) float32",
     }
-    assert (1, {"a": "tied", "b": "flagged", "same": False, "differences": [difference]}) == (code, json.loads(text))
+    values = json.loads(text)
+    assert (1, False, "digests") == (code, values["same"], values["values"])
+    assert [difference, "file differs"] == [values["differences"][0], values["differences"][1]["kind"]]
+
+
+def test_folders_whose_files_hold_other_values_are_not_called_the_same(folder, capsys):
+    tiepolicy_dcp.save("other", model=TiedPair())
+    code, text = run(capsys, "diff", "tied", "other")
+    assert (1, "A tied and B other differ in 1 file") == (code, text.splitlines()[0])
+    assert ["__0_0.distcp", "file", "differs"] == text.splitlines()[3].split()[:3]
+
+
+def test_where_only_headers_were_compared_nobody_says_that_values_are_the_same(folder, capsys):
+    save_file({EMBED: torch.ones(12, 4)}, folder / "ones.safetensors")
+    expected = """\
+A file.safetensors and B ones.safetensors hold the same names with the same shapes, dtypes and ties;
+  only headers were compared, so their values may differ (--values reads them)
+"""
+    assert (0, expected) == run(capsys, "diff", "file.safetensors", "ones.safetensors")
+    values = json.loads(run(capsys, "diff", "--json", "file.safetensors", "ones.safetensors")[1])
+    assert (None, "not compared") == (values["same"], values["values"])
+
+
+def test_values_are_compared_to_the_last_byte_on_request(folder, capsys):
+    changed = torch.zeros(12, 4)
+    changed[-1, -1] = -0.0
+    save_file({EMBED: changed}, folder / "changed.safetensors")
+    save_file({EMBED: torch.zeros(12, 4)}, folder / "same.safetensors")
+    expected = """\
+A file.safetensors and B changed.safetensors differ in 1 name
+
+name                 difference     A                 B
+embed_tokens.weight  values differ  byte 191 is 0x00  byte 191 is 0x80
+"""
+    assert (1, expected) == run(capsys, "diff", "--values", "file.safetensors", "changed.safetensors")
+    code, text = run(capsys, "diff", "--values", "file.safetensors", "same.safetensors")
+    assert (0, True) == (code, "shapes, dtypes and ties and the same values\n" in text.replace("\n  ", " "))
+
+
+def test_values_of_an_alias_are_those_of_its_tensor(folder, capsys):
+    model = TiedPair()
+    save_model(model, folder / "tied.safetensors")
+    save_file({EMBED: model.embed_tokens.weight.detach(), HEAD: torch.zeros(12, 4)}, folder / "apart.safetensors")
+    values = json.loads(run(capsys, "diff", "--values", "--json", "tied.safetensors", "apart.safetensors")[1])
+    assert {(HEAD, "tied differently"), (HEAD, "values differ")} >= {
+        (difference["name"], difference["kind"]) for difference in values["differences"] if difference["name"] == HEAD
+    }
+    assert "values differ" in {difference["kind"] for difference in values["differences"]}
+
+
+def test_a_large_tensor_is_compared_piece_by_piece(folder, capsys, monkeypatch):
+    monkeypatch.setattr(_contents, "_PIECE_BYTES", 64)
+    changed = torch.zeros(12, 4)
+    changed[11, 0] = 1
+    save_file({EMBED: changed}, folder / "changed.safetensors")
+    code, text = run(capsys, "diff", "--values", "file.safetensors", "changed.safetensors")
+    assert (1, True) == (code, "byte 178 is 0x00  byte 178 is 0x80" in text)
+
+
+def test_values_of_a_dcp_folder_are_not_read_and_that_is_said(folder, capsys):
+    assert 1 == main(["diff", "--values", "tied", "tied"])
+    assert "tied is a DCP folder, whose values --values does not read" in capsys.readouterr().err.replace("\n  ", " ")
+
+
+@pytest.fixture
+def draft(folder):
+    """A DCP checkpoint `draft` of a draft whose embedding belongs to a target."""
+    target = TiedPair()
+    draft = FlaggedPair(flag=False, vocab_size=12, draft_vocab_size=8, hidden_size=4)
+    draft.embed_tokens = target.embed_tokens
+    save_model(target, folder / "target.safetensors")
+    plan = tiepolicy.plan(draft, external={"target": target}, digests=True)
+    tiepolicy_dcp.save("draft", model=draft, plan=plan)
+    return plan
+
+
+def test_inspect_shows_whose_a_tensor_is_with_its_digest(draft, capsys):
+    digest = draft.external[0].digest
+    code, text = run(capsys, "inspect", "draft")
+    assert (0, True) == (code, "1 tensor of other models: target" in text)
+    assert f"= target:embed_tokens.weight ({digest[:12]})" in text
+    expected = {"name": f"model.{EMBED}", "owner": "target", "owner_name": EMBED, "sha256": digest}
+    assert [expected] == json.loads(run(capsys, "inspect", "--json", "draft")[1])["external"]
+
+
+def test_verify_holds_what_belongs_to_another_model_against_that_model(draft, folder, capsys):
+    assert (0, "draft: nothing wrong\n") == run(capsys, "verify", "draft", "--owner", "target=target.safetensors")
+    save_file({EMBED: torch.zeros(12, 4)}, folder / "trained.safetensors")
+    code, text = run(capsys, "verify", "draft", "--owner", "target=trained.safetensors")
+    assert (1, True) == (code, "holds other values of it: expected SHA-256" in " ".join(text.split()))
+
+    def found(owner):
+        return " ".join(run(capsys, "verify", "draft", "--owner", owner)[1].split())
+
+    save_file({EMBED: torch.zeros(12, 5)}, folder / "wide.safetensors")
+    assert "is (12, 5) float32 in" in found("target=wide.safetensors")
+    save_file({HEAD: torch.zeros(12, 4)}, folder / "other.safetensors")
+    assert "holds no embed_tokens.weight" in found("target=other.safetensors")
+    assert (
+        "no tensor that belongs to a model 'teacher'"
+        in (run(capsys, "verify", "draft", "--owner", "teacher=target.safetensors")[1])
+    )
+
+
+def test_an_owner_that_is_no_checkpoint_is_wrong_usage(draft, capsys):
+    for owner in ("target", "=target.safetensors", "target=gone"):
+        with pytest.raises(SystemExit) as caught:
+            main(["verify", "draft", "--owner", owner])
+        assert (2, True) == (caught.value.code, "is no NAME=PATH of a file or folder" in capsys.readouterr().err)
+
+
+def test_verify_finds_a_stored_tensor_that_belongs_to_another_model(draft, folder, capsys):
+    assert 0 == run(capsys, "verify", "draft")[0]
+    (folder / "hf").mkdir()
+    save_file({EMBED: torch.zeros(12, 4), HEAD: torch.zeros(8, 4)}, folder / "hf" / "model.safetensors")
+    (folder / "hf" / "manifest.json").write_text(json.dumps(draft.to_manifest()))
+    code, text = run(capsys, "verify", "hf")
+    assert (1, True) == (code, "says belongs to target:embed_tokens.weight" in text.replace("\n    ", " "))
 
 
 def test_verify_exits_with_one_where_there_is_damage(folder, capsys):
