@@ -25,7 +25,8 @@ class Staging:
     """Memory of one process for one copy of what it saves, pinned if that lies on a GPU."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = memoryview(bytearray())
+        self._pinned = False
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -49,10 +50,22 @@ class Staging:
         return copies
 
     def _reserve(self, num_bytes: int, *, pinned: bool) -> memoryview:
-        if self._memory.nbytes < num_bytes or (pinned and not self._memory.is_pinned()):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old memory goes before the new one comes
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-        return self._memory.numpy().data
+        if len(self._memory) < num_bytes or (pinned and not self._pinned):
+            self._memory = memoryview(bytearray())  # the old memory goes before the new one comes
+            self._memory, self._pinned = _pinned(num_bytes) if pinned else _anonymous(num_bytes), pinned
+        return self._memory
+
+
+def _pinned(num_bytes: int) -> memoryview:
+    memory: memoryview = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy().data
+    return memory
+
+
+def _anonymous(num_bytes: int) -> memoryview:
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # most of the time of a first copy goes into small pages
+    return memoryview(memory)
 
 
 class SharedStaging(Staging):
@@ -69,7 +82,6 @@ class SharedStaging(Staging):
         if not hasattr(os, "memfd_create"):
             raise CheckpointError('saving in another process needs Linux; use worker="thread"')
         self.descriptor = os.memfd_create("tiepolicy staging")
-        self._mapped = memoryview(bytearray())
 
     def close(self) -> None:
         """Give the memory back, once no copy is in use."""
@@ -78,8 +90,8 @@ class SharedStaging(Staging):
     def _reserve(self, num_bytes: int, *, pinned: bool) -> memoryview:  # noqa: ARG002 - a mapped file is never pinned
         if os.fstat(self.descriptor).st_size < num_bytes:
             os.ftruncate(self.descriptor, num_bytes)
-            self._mapped = mapped(self.descriptor)  # a mapping that is kept has its pages already
-        return self._mapped
+            self._memory = mapped(self.descriptor)  # a mapping that is kept has its pages already
+        return self._memory
 
 
 def mapped(descriptor: int) -> memoryview:

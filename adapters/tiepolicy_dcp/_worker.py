@@ -1,4 +1,4 @@
-"""Step 19, another process that writes files: `python -m tiepolicy_dcp._worker DESCRIPTOR`, and how to talk to it.
+"""Step 19, another process that writes files, and how to talk to it.
 
 The tensors lie in memory that both processes map; what is said is JSON, a line each way for each file.
 """
@@ -35,7 +35,7 @@ class WorkerProcess:
         """Start the process if there is none; returns at once."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tiepolicy_dcp._worker", str(self._descriptor)],
+                [sys.executable, "-c", "from tiepolicy_dcp._worker import main; main()", str(self._descriptor)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -99,7 +99,3 @@ def _answer(descriptor: int, request: Mapping[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"places": written.places, "record": written.record}
-
-
-if __name__ == "__main__":
-    main()

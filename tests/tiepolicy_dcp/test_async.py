@@ -88,7 +88,7 @@ def test_a_change_after_the_call_does_not_reach_the_file_and_the_memory_is_used_
             with torch.no_grad():
                 model.lm_head.weight.fill_(-1)
             staging = store._savers[worker]._staging
-            memory.add(staging._memory.data_ptr() if worker == "thread" else os.fstat(staging.descriptor).st_size)
+            memory.add(id(staging._memory))
     assert 1 == len(memory)
     assert ["step_0", "step_1", "step_2"] == store.names()
     for step in range(3):
