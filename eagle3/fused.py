@@ -237,7 +237,7 @@ class FusedStep:
         hit_P &= teacher.in_vocab_M[plan.teacher_P]
         # One more element, for the pairs that are none.
         hit_P = torch.cat((hit_P, hit_P.new_zeros(1)))
-        counts = StepCounts.count(plan.supervised_SN, hit_P[plan.pair_SN])
+        counts = StepCounts.count(plan.supervised_SN.bool(), hit_P[plan.pair_SN])
         return UnrollResult(loss_sum=loss_P.sum(), weight_sum=weight_P.sum(), counts=counts)
 
     def _backward(self, plan: PairPlan, tape: _Tape, aux_LA: Tensor) -> None:
@@ -348,7 +348,7 @@ class FusedStep:
         qkv_W2H, grad_qkv_W2H = (self._weights.fused(b, "qkv") for b in (self._weights.copy, self._weights.grad))
         width = qkv_W2H.shape[1] // 2
         grad_token_LW = sum_by_token(
-            back.projected_SNW, back.first_LU, row_of_token_L=plan.row_of_token_L, time_L=plan.time_L
+            back.projected_SNW, back.first_LU, row_of_token_L=plan.row_of_token_L, time_L=plan.position_L
         )
         torch.mm(grad_token_LW.T, tape.tokens_LH, out=grad_qkv_W2H[:, :width])
         _, grad_input_H, _ = rms_norm_backward(

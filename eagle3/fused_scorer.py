@@ -135,7 +135,7 @@ class FusedScorer(Scorer):
         )
 
     def _is_short(self, plan: PairPlan) -> bool:
-        if self.device.type != "cuda" or plan.segments.num_sequences is None:
+        if self.device.type != "cuda" or plan.num_sequences is None:
             return False
         return pays_off(self._weights.copy.numel(), num_pairs=len(plan.row_N) * self._num_steps)
 

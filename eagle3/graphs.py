@@ -74,14 +74,14 @@ class GraphedStep:
         num_teachers = min(num_all, _up(len(plan.teacher_rows_M), _TEACHERS))
         plan = padded(plan, num_rows=num_rows, num_pairs=num_pairs, num_teachers=num_teachers).to(device)
         inputs = replace(inputs, plan=plan)
-        key = (num_rows, num_pairs, num_teachers, plan.segments.num_sequences or 0, num_all)
+        key = (num_rows, num_pairs, num_teachers, plan.num_sequences or 0, num_all)
         if key not in self._graphs:
             self._graphs[key] = self._capture(inputs)
             if len(self._graphs) > _NUM_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         graph, static, result = self._graphs[key]
-        static.plan.copy_(plan)
+        static.plan.flat.copy_(plan.flat)
         static.input_ids_L.copy_(inputs.input_ids_L)
         static.aux_LA.copy_(inputs.aux_LA)
         static.hidden_LE.copy_(inputs.hidden_LE)

@@ -5,8 +5,8 @@ Shape suffixes: B sequences, T tokens, L = BT, N rows that carry loss, S steps, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.nn import functional
 
 from eagle3.kernels.causal import Segments
 from eagle3.unroll import RowPlan
+
+#: Tensors start at multiples of 16 bytes, so that kernels are compiled for aligned pointers only.
+_ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,17 +27,19 @@ class PairPlan:
         row_N: Flat index of each row.
         position_N: Its position at step 0.
         row_of_token_L: Index into N of the row that stands at a token; -1 for none.
-        position_L: Position of every row at step 0.
+        position_L: Position of every row at step 0: tokens before it in its own document.
         next_L: Flat index of the token that every row reads at step 0.
-        time_L: Tokens before each in its own document.
         token_SN: Flat index of the token that a row reads at a step.
-        supervised_SN: bool.
+        supervised_SN: 1 where a pair is supervised, else 0.
         pair_SN: Index into P of a supervised pair; -1 for none.
         step_P: Step of each pair, S for one that does not count. Pairs stand in the order of their teacher rows, so
             that those that share one meet in the cache.
         teacher_P: Index into M of each pair's teacher.
         teacher_rows_M: Flat index of each token whose hidden state teaches.
-        segments: Where attention starts anew.
+        starts: Flat index of each document's first token, and L at the end.
+        longest: Tokens of the longest document.
+        num_sequences: B, if every sequence is one document; None if not.
+        flat: All of these tensors, which are views of it.
     """
 
     row_N: Tensor
@@ -42,28 +47,56 @@ class PairPlan:
     row_of_token_L: Tensor
     position_L: Tensor
     next_L: Tensor
-    time_L: Tensor
     token_SN: Tensor
     supervised_SN: Tensor
     pair_SN: Tensor
     step_P: Tensor
     teacher_P: Tensor
     teacher_rows_M: Tensor
-    segments: Segments
+    starts: Tensor
+    longest: int
+    num_sequences: int | None
+    flat: Tensor
+
+    @classmethod
+    def pack(cls, *, longest: int, num_sequences: int | None, **parts: Tensor) -> PairPlan:
+        """Lays the tensors of a plan into one buffer, so that they move in one copy.
+
+        Args:
+            longest: Tokens of the longest document.
+            num_sequences: B, if every sequence is one document; None if not.
+            parts: All tensors but `flat`; copied.
+        """
+        padded_parts = [
+            functional.pad(part.flatten().int(), (0, -part.numel() % _ALIGNMENT)) for part in parts.values()
+        ]
+        return cls._views(torch.cat(padded_parts), parts, longest=longest, num_sequences=num_sequences)
+
+    @classmethod
+    def _views(cls, flat: Tensor, parts: Mapping[str, Tensor], *, longest: int, num_sequences: int | None) -> PairPlan:
+        views, start = {}, 0
+        for name, part in parts.items():
+            views[name] = flat[start : start + part.numel()].view(part.shape)
+            start += part.numel() + -part.numel() % _ALIGNMENT
+        return cls(**views, flat=flat, longest=longest, num_sequences=num_sequences)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors, by name."""
+        return {name: getattr(self, name) for name in _PARTS}
+
+    @property
+    def segments(self) -> Segments:
+        """Where attention starts anew."""
+        return Segments(starts=self.starts, longest=self.longest, num_sequences=self.num_sequences)
 
     def to(self, device: torch.device) -> PairPlan:
         """The plan on a device; a GPU fetches it while the host goes on."""
-        return self._map(lambda x: x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x)
+        flat = self.flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else self.flat
+        return self._views(flat, self.parts, longest=self.longest, num_sequences=self.num_sequences)
 
-    def copy_(self, other: PairPlan) -> None:
-        """Take over another plan of the same shapes; its segments must be those of this one."""
-        for field in fields(self):
-            if field.name != "segments":
-                getattr(self, field.name).copy_(getattr(other, field.name), non_blocking=True)
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> PairPlan:
-        moved = {field.name: move(getattr(self, field.name)) for field in fields(self) if field.name != "segments"}
-        return PairPlan(**moved, segments=replace(self.segments, starts=move(self.segments.starts)))
+_PARTS = tuple(field.name for field in fields(PairPlan) if field.type == "Tensor" and field.name != "flat")
 
 
 def plan_pairs(plan: RowPlan, *, num_sequences: int, num_tokens: int) -> PairPlan:
@@ -89,24 +122,21 @@ def plan_pairs(plan: RowPlan, *, num_sequences: int, num_tokens: int) -> PairPla
     # The last row of all has no next token. It reads its own: no row with loss sees the key of a document's last row.
     next_L = (every + 1).clamp(max=num_all - 1)
     starts = (time_L == 0).nonzero().squeeze(1).int()
-    return PairPlan(
-        row_N=plan.rows_N.int(),
-        position_N=plan.time_N.int(),
+    return PairPlan.pack(
+        row_N=plan.rows_N,
+        position_N=plan.time_N,
         row_of_token_L=row_of_token_L,
         position_L=time_L,
         next_L=next_L,
-        time_L=time_L,
-        token_SN=plan.tokens_SN.int(),
+        token_SN=plan.tokens_SN,
         supervised_SN=plan.supervised_SN,
         pair_SN=pair_SN,
-        step_P=step_P.int(),
-        teacher_P=teacher_P.int(),
-        teacher_rows_M=plan.teacher_rows_M.int(),
-        segments=Segments(
-            starts=torch.cat((starts, torch.tensor([num_all], dtype=torch.int32))),
-            longest=int(time_L.max()) + 1,
-            num_sequences=num_sequences if plan.starts_N is None else None,
-        ),
+        step_P=step_P,
+        teacher_P=teacher_P,
+        teacher_rows_M=plan.teacher_rows_M,
+        starts=torch.cat((starts, torch.tensor([num_all], dtype=torch.int32))),
+        longest=int(time_L.max()) + 1,
+        num_sequences=num_sequences if plan.starts_N is None else None,
     )
 
 
@@ -130,15 +160,15 @@ def padded(plan: PairPlan, *, num_rows: int, num_pairs: int, num_teachers: int) 
     row_of_token_L[unused.long()] = torch.arange(num_now, num_now + more, dtype=torch.int32)
     token_SN = (unused + 1 + torch.arange(num_steps, dtype=torch.int32)[:, None]).clamp(max=last)
     pad_pairs, pad_teachers = num_pairs - len(plan.step_P), num_teachers - len(plan.teacher_rows_M)
-    return replace(
-        plan,
-        row_N=torch.cat((plan.row_N, unused)),
-        position_N=torch.cat((plan.position_N, plan.position_L[unused.long()])),
-        row_of_token_L=row_of_token_L,
-        token_SN=torch.cat((plan.token_SN, token_SN), dim=1),
-        supervised_SN=functional.pad(plan.supervised_SN, (0, more)),
-        pair_SN=functional.pad(plan.pair_SN, (0, more), value=-1),
-        step_P=functional.pad(plan.step_P, (0, pad_pairs), value=num_steps),
-        teacher_P=functional.pad(plan.teacher_P, (0, pad_pairs)),
-        teacher_rows_M=functional.pad(plan.teacher_rows_M, (0, pad_teachers)),
-    )
+    changed = {
+        "row_N": torch.cat((plan.row_N, unused)),
+        "position_N": torch.cat((plan.position_N, plan.position_L[unused.long()])),
+        "row_of_token_L": row_of_token_L,
+        "token_SN": torch.cat((plan.token_SN, token_SN), dim=1),
+        "supervised_SN": functional.pad(plan.supervised_SN, (0, more)),
+        "pair_SN": functional.pad(plan.pair_SN, (0, more), value=-1),
+        "step_P": functional.pad(plan.step_P, (0, pad_pairs), value=num_steps),
+        "teacher_P": functional.pad(plan.teacher_P, (0, pad_pairs)),
+        "teacher_rows_M": functional.pad(plan.teacher_rows_M, (0, pad_teachers)),
+    }
+    return PairPlan.pack(longest=plan.longest, num_sequences=plan.num_sequences, **(plan.parts | changed))
