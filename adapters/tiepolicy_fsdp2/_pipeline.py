@@ -185,7 +185,9 @@ def _shared(
         mine = dist.get_rank() in names
         owners = tuple(names)
         if mine and len(owners) > 1 and owners not in groups:
-            groups[owners] = dist.new_group(list(owners), use_local_synchronization=True)
+            made = dist.new_group(list(owners), use_local_synchronization=True)
+            assert isinstance(made, dist.ProcessGroup)  # torch answers with a number on ranks that are not in it
+            groups[owners] = made
         shared[canonical] = SharedTie(
             parameter=held[names[dist.get_rank()]] if mine else None, names=names, group=groups.get(owners)
         )
