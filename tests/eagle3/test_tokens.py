@@ -4,6 +4,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -240,3 +242,34 @@ def test_packing_changes_the_digest_of_a_run_but_not_of_its_tokens():
     assert ((2,), (0, 1)) == packed.packed_rows
     assert (data.token_digest, False) == (packed.token_digest, data.digest == packed.digest)
     assert packed.digest != data.packed(5).digest
+
+
+@st.composite
+def dialogues(draw):
+    """Turns in any order, with texts that hold line breaks, brackets and what looks like a template's tokens."""
+    text = st.text(st.sampled_from("ab \n<|>:{}\u00e9\u4e2d"), min_size=1, max_size=8).filter(str.strip)
+    answers = draw(st.lists(st.tuples(text, text), min_size=1, max_size=4))
+    system = [("system", draw(text))] if draw(st.booleans()) else []
+    return system + [turn for ask, answer in answers for turn in (("user", ask), ("assistant", answer))]
+
+
+@given(dialogues(), st.sampled_from([CHATML, TAGGED]))
+def test_what_is_supervised_is_what_the_assistant_said_and_its_end_of_turn(turns, template):
+    """Both ways to find it agree with the texts that went in, byte by byte."""
+    tokenizer = make_tokenizer(template)
+    example = encode([chat(*turns)], tokenizer, max_length=10_000).examples[0]
+    expected = [content + "<|im_end|>" for role, content in turns if role == "assistant"]
+    assert expected == supervised_texts(tokenizer, example)
+
+
+@given(dialogues(), st.integers(2, 60))
+def test_a_shorter_length_only_cuts_the_end(turns, max_length):
+    tokenizer = make_tokenizer()
+    whole = encode([chat(*turns)], tokenizer, max_length=10_000).examples[0]
+    if not whole.loss_mask[1:max_length].any():
+        with pytest.raises(DataError, match=f"within the first {max_length} tokens"):
+            encode([chat(*turns)], tokenizer, max_length=max_length)
+        return
+    short = encode([chat(*turns)], tokenizer, max_length=max_length).examples[0]
+    assert whole.input_ids[:max_length].tolist() == short.input_ids.tolist()
+    assert whole.loss_mask[:max_length].tolist() == short.loss_mask.tolist()
