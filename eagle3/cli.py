@@ -1,4 +1,4 @@
-"""Step 21: the command line."""
+"""Step 41: the command line."""
 
 import difflib
 import itertools

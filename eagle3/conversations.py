@@ -1,4 +1,4 @@
-"""Step 3: conversation files, line by line, become roles and texts."""
+"""Step 4: conversation files, line by line, become roles and texts."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Step 20: the whole path in minutes: make a target, train a draft on it, stop the run, resume it, look."""
+"""Step 39: the whole path in minutes: make a target, train a draft on it, stop the run, resume it, look."""
 
 import json
 import logging

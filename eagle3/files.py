@@ -1,4 +1,4 @@
-"""Step 2: small files that one run makes and the next one reads: whole or absent, made by one process at a time."""
+"""Step 3: small files that one run makes and the next one reads: whole or absent, made by one process at a time."""
 
 import logging
 import os

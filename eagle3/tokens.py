@@ -1,4 +1,4 @@
-"""Step 4: conversations become token ids and the mask of what the assistant wrote, kept on disk for the next run.
+"""Step 7: conversations become token ids and the mask of what the assistant wrote, kept on disk for the next run.
 
 Shape suffixes: T tokens.
 """
