@@ -7,6 +7,7 @@ the policy stands in for the model's own while it is read.
 
 import pickle
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 import tiepolicy
 from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
 from tiepolicy.errors import MissingTensorError, ShapeMismatchError, TieConflictError, UntrustedCheckpointError
-from tiepolicy_hf._declared import FLAG, declarations
+from tiepolicy_hf._declared import FLAG, Declaration, declarations
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import find_weights
 
@@ -26,7 +27,6 @@ OnConflict = Literal["error", "untie", "canonical"]
 
 _CONFIG = "config.json"
 _Model = TypeVar("_Model", bound=PreTrainedModel)
-_Pairs = list[tuple[str, str]]
 
 
 @dataclass(slots=True)
@@ -152,38 +152,53 @@ def _tie_what_was_read_(model: PreTrainedModel, missing: set[str], evidence: _Ev
         missing: Names that were in no file. Those that get the value of another name are taken out.
         evidence: Gets the first conflict, and what is missing still.
     """
-    binding, possible = _pairs(model, evidence)
+    pairs = _pairs(model, evidence)
     names = _Names(model, missing)
     # A name that was missing may be the source of the next one.
-    while any(names.fill_(pair) for pair in (*binding, *possible)):
+    while any(names.fill_(pair) for pair in pairs):
         pass
-    for source, alias in binding:
-        difference = names.difference(source, alias)
-        if difference is None:
-            continue
-        kept = _kept(Conflict(canonical=source, alias=alias, difference=difference, moment=Moment.LOAD), evidence)
-        if kept is not None:
-            names.share_(alias if kept == source else source, kept)
-    for source, alias in binding:
-        if names.could_be_one(source, alias) and names.difference(source, alias) is None:
+    for (source, alias), force in pairs.items():
+        difference = names.difference(source, alias) if force is _Force.BINDING else None
+        if difference is not None:
+            kept = _kept(Conflict(canonical=source, alias=alias, difference=difference, moment=Moment.LOAD), evidence)
+            if kept is not None:
+                names.share_(alias if kept == source else source, kept)
+    for (source, alias), force in pairs.items():
+        ties = force is not _Force.IF_MISSING and names.could_be_one(source, alias)
+        if ties and names.difference(source, alias) is None:
             names.share_(alias, source)
     evidence.missing = set(missing)
 
 
-def _pairs(model: PreTrainedModel, evidence: _Evidence) -> tuple[_Pairs, _Pairs]:
-    """The ties that hold unless the folder says otherwise, and those that only the lack of a name makes."""
-    binding: dict[tuple[str, str], None] = {}
-    possible: dict[tuple[str, str], None] = {}
+class _Force(IntEnum):
+    """How far a declared tie goes; the stronger counts."""
+
+    #: One name is filled with the other's value where it is in no file.
+    IF_MISSING = 1
+    #: And equal values are one tensor, different ones are apart.
+    IF_EQUAL = 2
+    #: And different values are a conflict.
+    BINDING = 3
+
+
+def _pairs(model: PreTrainedModel, evidence: _Evidence) -> dict[tuple[str, str], _Force]:
+    """Source and alias of the ties that were built, recorded or declared, the most certain first."""
+    pairs: dict[tuple[str, str], _Force] = {}
     for plan in (known for known in (evidence.built, evidence.recorded) if known is not None):
         for group in plan.groups:
-            binding |= dict.fromkeys((group.canonical, alias.name) for alias in plan.whole_aliases(group.canonical))
+            whole = plan.whole_aliases(group.canonical)
+            pairs |= dict.fromkeys(((group.canonical, alias.name) for alias in whole), _Force.BINDING)
     for declared in declarations(model, tiepolicy.observe(model)):
         for pair in declared.pairs if declared.value else ():
-            # What a plan recorded, or the file's own flag denies, is more than what the class makes of the file.
-            apart = evidence.recorded is not None and set(pair) <= set(evidence.recorded.tensors)
-            is_binding = declared.binding and not apart and not (declared.config is model.config and evidence.denied)
-            (binding if is_binding else possible)[pair] = None
-    return list(binding), [pair for pair in possible if pair not in binding]
+            pairs[pair] = max(_force(declared, pair, model, evidence), pairs.get(pair, _Force.IF_MISSING))
+    return pairs
+
+
+def _force(declared: Declaration, pair: tuple[str, str], model: PreTrainedModel, evidence: _Evidence) -> _Force:
+    if not declared.binding or (evidence.recorded is not None and set(pair) <= set(evidence.recorded.tensors)):
+        return _Force.IF_MISSING
+    # T5's config, for one, makes its flag true whatever the file says.
+    return _Force.IF_EQUAL if declared.config is model.config and evidence.denied else _Force.BINDING
 
 
 class _Names:
