@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiepolicy import member, read_header, read_json
@@ -35,6 +35,8 @@ class Weights:
     pickled: bool
     #: The manifest as JSON text; None where another tool wrote the folder.
     manifest: str | None
+    #: Names that are not stored, each with the stored name that `safetensors.torch.save_model` noted for it.
+    noted: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_weights(folder: Path, *, allow_pickle: bool) -> Weights:
@@ -124,6 +126,7 @@ def _by_file(index: Path) -> dict[str, set[str] | None]:
 
 def _safe(folder: Path, expected: Mapping[str, set[str] | None], *, named_by: str) -> Weights:
     files, manifests = [], []
+    metadata: dict[str, str] = {}
     seen: dict[str, str] = {}
     for file, names in sorted(expected.items()):
         path = member(folder, file, named_by=named_by)
@@ -145,10 +148,12 @@ def _safe(folder: Path, expected: Mapping[str, set[str] | None], *, named_by: st
             )
         seen |= dict.fromkeys(held, file)
         files.append(path)
+        metadata |= header.metadata
         manifests += [header.metadata[MANIFEST_KEY]] if MANIFEST_KEY in header.metadata else []
     if len(manifests) > 1:
         raise CheckpointError(f"{folder} holds files of several saves: {len(manifests)} of them have a manifest")
-    return Weights(files=tuple(files), pickled=False, manifest=next(iter(manifests), None))
+    noted = {alias: name for alias, name in metadata.items() if name in seen and alias not in seen}
+    return Weights(files=tuple(files), pickled=False, manifest=next(iter(manifests), None), noted=noted)
 
 
 def _keep(old: Path, new: Path) -> None:

@@ -6,6 +6,7 @@ the policy stands in for the model's own while it is read.
 """
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -36,6 +37,8 @@ class _Evidence:
     policy: Policy
     on_conflict: OnConflict
     recorded: TiePlan | None
+    #: Alias and stored name, as other tools note them.
+    noted: Mapping[str, str]
     #: Whether the file of the config says that nothing is tied; the flag of the config that was made of it may not.
     denied: bool
     #: What the class made one tensor while it was built, before reading took it apart.
@@ -92,7 +95,7 @@ def from_pretrained(
     weights = find_weights(folder, allow_pickle=allow_pickle)
     recorded = None if weights.manifest is None else TiePlan.from_manifest(weights.manifest)
     denied = (folder / _CONFIG).exists() and tiepolicy.read_json(folder / _CONFIG).get(FLAG) is False
-    evidence = _Evidence(policy or tiepolicy.Policy.from_entry_points(), on_conflict, recorded, denied)
+    evidence = _Evidence(policy or Policy.from_entry_points(), on_conflict, recorded, weights.noted, denied)
     concrete = _concrete(cls, folder, kwargs)
     try:
         model, info = _reading(concrete, evidence).from_pretrained(
@@ -183,7 +186,7 @@ class _Force(IntEnum):
 
 def _pairs(model: PreTrainedModel, evidence: _Evidence) -> dict[tuple[str, str], _Force]:
     """Source and alias of the ties that were built, recorded or declared, the most certain first."""
-    pairs: dict[tuple[str, str], _Force] = {}
+    pairs = {(name, alias): _Force.IF_MISSING for alias, name in evidence.noted.items()}
     for plan in (known for known in (evidence.built, evidence.recorded) if known is not None):
         for group in plan.groups:
             whole = plan.whole_aliases(group.canonical)

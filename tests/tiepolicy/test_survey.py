@@ -41,6 +41,7 @@ def specs(state_dict):
 # 1. A head of other rows than the embedding
 
 
+@pytest.mark.survey("T05")
 @example(vocab_size=128256, draft_vocab_size=8192)
 @example(vocab_size=128256, draft_vocab_size=32000)
 @example(vocab_size=151936, draft_vocab_size=151669)  # padded to a multiple of 128
@@ -77,6 +78,7 @@ def test_a_declared_tie_whose_weights_diverged_is_stored_twice():
     assert {EMBED, HEAD} == set(tiepolicy.plan(model).compact(model.state_dict()))
 
 
+@pytest.mark.survey("T06")
 def test_a_head_that_cannot_come_from_the_embedding_is_named_with_both_shapes():
     with pytest.raises(MissingTensorError, match=r"lm_head.weight \(32, 4\) and embed_tokens.weight \(96, 4\) cannot"):
         reconcile(tiepolicy.plan(flagged()), {EMBED: TensorSpec((96, 4), torch.float32)})
@@ -239,6 +241,7 @@ def test_shared_buffers_are_tied_untied_by_to_empty_and_tied_again():
 # 4. Files
 
 
+@pytest.mark.survey("T39")
 def test_today_safetensors_refuses_an_alias_and_takes_what_compact_leaves():
     model = TiedPair()
     with pytest.raises(RuntimeError, match="Some tensors share memory"):
@@ -258,6 +261,7 @@ def views(**tensors):
 BASE = torch.arange(24.0).view(6, 4)
 
 
+@pytest.mark.survey("T41", "T42")
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -276,6 +280,7 @@ def test_today_safetensors_cannot_save_views_and_compact_makes_them_savable(tens
     assert all(torch.equal(tensors[name], full[name]) for name in tensors)
 
 
+@pytest.mark.survey("T43")
 def test_a_slice_of_a_padded_embedding_is_recorded_with_its_place():
     padded = torch.zeros(20, 8)
     (group,) = tiepolicy.plan({"embed": padded, "head": padded[2:18]}).groups

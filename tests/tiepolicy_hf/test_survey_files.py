@@ -1,0 +1,168 @@
+"""Failures of the field around safetensors and huggingface_hub files, and what PEFT leaves to be saved."""
+
+import io
+
+import pytest
+import torch
+from huggingface_hub import load_torch_model, save_torch_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import LlamaForCausalLM
+
+import tiepolicy_hf
+from models import tiny_llama
+from tiepolicy.errors import MissingTensorError
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tied():
+    return tiny_llama(tie_word_embeddings=True)
+
+
+def untied():
+    return tiny_llama(tie_word_embeddings=False)
+
+
+def is_tied(model):
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.survey("T40")
+def test_a_file_of_save_model_brings_its_tie_into_an_untied_model(tmp_path):
+    """Today the error on the missing key has no word on the tie, although the file notes it."""
+    model = tied()
+    save_model(model, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="Missing key") as caught:
+        load_model(untied(), tmp_path / "model.safetensors")
+    assert "tie" not in str(caught.value)
+    untied().config.save_pretrained(tmp_path)
+    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
+    assert torch.equal(model.lm_head.weight, loaded.lm_head.weight)
+    assert torch.equal(model.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+@pytest.mark.survey("T44")
+def test_a_slice_takes_no_more_of_its_storage_along_than_itself(tmp_path):
+    model = untied()
+    table = torch.randn(4096, 16)
+    model.lm_head.weight = nn.Parameter(table[:96])
+    pickled = io.BytesIO()
+    torch.save(model.lm_head.weight, pickled)
+    assert table.nbytes < pickled.tell(), "today the whole storage is written"
+    folder = tiepolicy_hf.save_pretrained(model, tmp_path / "model")
+    assert (folder / "model.safetensors").stat().st_size < table.nbytes
+    assert torch.equal(table[:96], load_file(folder / "model.safetensors")[HEAD])
+
+
+@pytest.mark.survey("T45")
+def test_an_embedding_that_huggingface_hub_leaves_out_comes_back(tmp_path):
+    """Its writer keeps what the alphabet has first; its loader returns the other name, and leaves it random."""
+    model = tied()
+    save_torch_model(model, tmp_path)
+    model.config.save_pretrained(tmp_path)
+    random = untied()
+    embedding = random.model.embed_tokens.weight.detach().clone()
+    assert [EMBED] == list(load_torch_model(random, tmp_path).missing_keys)
+    assert torch.equal(embedding, random.model.embed_tokens.weight)
+    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
+    assert is_tied(loaded)
+    assert torch.equal(model.lm_head.weight, loaded.lm_head.weight)
+
+
+@pytest.mark.survey("T46")
+def test_a_folder_that_kept_the_head_for_its_first_letter_is_read(tmp_path):
+    """`save_model` keeps what the alphabet has first; other tools then miss the embedding."""
+    model = tied()
+    save_model(model, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    assert EMBED not in load_file(tmp_path / "model.safetensors")
+    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
+    assert is_tied(loaded)
+    tiepolicy_hf.save_pretrained(loaded, tmp_path / "again")
+    assert {EMBED} == {EMBED, HEAD} & set(load_file(tmp_path / "again" / "model.safetensors"))
+
+
+@pytest.mark.survey("T52")
+def test_a_gathered_state_dict_is_written_once(tmp_path):
+    model = tied()
+    gathered = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "theirs", state_dict=dict(gathered))
+    assert {EMBED, HEAD} <= set(load_file(tmp_path / "theirs" / "model.safetensors")), "today both names are written"
+    tiepolicy_hf.save_pretrained(model, tmp_path / "ours", state_dict=gathered)
+    assert {EMBED} == {EMBED, HEAD} & set(load_file(tmp_path / "ours" / "model.safetensors"))
+
+
+@pytest.mark.survey("E01")
+def test_a_state_that_lost_its_tied_names_is_completed_and_one_that_lost_more_is_refused(tmp_path):
+    """What DeepSpeed's zero_to_fp32 leaves out are names of tied tensors, by addresses that prove nothing."""
+    model = tied()
+    recovered = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != HEAD}
+    model.config.save_pretrained(tmp_path)
+    save_file(recovered, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(model.lm_head.weight, tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path).lm_head.weight)
+    del recovered[EMBED]
+    save_file(recovered, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MissingTensorError, match=r"^lm_head.weight \(96, 16\) \(and 1 more\) is not in"):
+        tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
+
+
+@pytest.mark.survey("T56")
+@pytest.mark.filterwarnings("ignore")
+def test_what_peft_saved_apart_and_merged_stays_apart(tmp_path):
+    adapted = get_peft_model(tied(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.fill_(2.0)
+    merged = adapted.merge_and_unload()
+    tiepolicy_hf.save_pretrained(merged, tmp_path / "model")
+    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path / "model")
+    assert {2.0} == set(loaded.lm_head.weight.flatten().tolist())
+    assert torch.equal(merged.model.embed_tokens.weight, loaded.model.embed_tokens.weight)
+
+
+def lora_on_the_head(model):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    nn.init.ones_(adapted.base_model.model.lm_head.lora_B["default"].weight)
+    return adapted
+
+
+@pytest.mark.survey("T57")
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_untied_before_lora_is_merged_leaves_the_embedding_alone(tmp_path):
+    """Today merging into a tied head changes the embedding with it, and the logits."""
+    ids = torch.tensor([[5, 20, 7]])
+    adapted = lora_on_the_head(tied())
+    before = adapted(ids).logits
+    assert (adapted.merge_and_unload()(ids).logits - before).abs().max() > 1e-3
+    model = tied()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    adapted = lora_on_the_head(model)
+    before = adapted(ids).logits
+    folder = tiepolicy_hf.save_pretrained(adapted.merge_and_unload(), tmp_path / "model")
+    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder)
+    assert torch.allclose(before, loaded(ids).logits, atol=1e-5)
+    assert not is_tied(loaded)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        return weight / 2
+
+
+@pytest.mark.survey("T59")
+def test_a_head_that_is_computed_from_its_embedding_is_saved_with_what_it_is_computed_from(tmp_path):
+    """Today transformers refuses to save it, or to tie it again."""
+    model = tied()
+    parametrize.register_parametrization(model.lm_head, "weight", Doubled())
+    with pytest.raises((KeyError, RuntimeError)):
+        model.tie_weights()
+    folder = tiepolicy_hf.save_pretrained(model, tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    original = "lm_head.parametrizations.weight.original"
+    assert torch.equal(model.lm_head.parametrizations.weight.original, stored[original])
+    assert torch.equal(model.model.embed_tokens.weight, stored[EMBED])
