@@ -43,7 +43,7 @@ def check_command(command, expected):
     assert [row for row in shown if not any(row == other[: len(row)] for other in rows)] == []
 
 
-@pytest.mark.parametrize("page", ["cli.md", "fsdp2.md", "plugins.md"])
+@pytest.mark.parametrize("page", ["cli.md", "fsdp2.md", "huggingface.md", "plugins.md"])
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, output = {}, ""
