@@ -34,6 +34,23 @@ def test_a_run_stopped_half_way_and_resumed_has_the_losses_and_weights_of_one_th
     assert [True] * len(expected) == [torch.equal(expected[name], actual[name]) for name in expected]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("save_consolidated", [False, True])
+def test_a_run_may_be_cut_after_any_step(world, tmp_path, save_consolidated):
+    options = {"every_steps": 1, "save_consolidated": save_consolidated, "train": {"accumulate": 2}, "batch_size": 1}
+    whole = tmp_path / "whole"
+    train(config_of(world, whole, **options), ALONE)
+    expected = weights_of(whole, "epoch_2_step_10")
+    for step in range(1, 10):
+        name, cut = f"epoch_{-(-step // 5)}_step_{step}", tmp_path / f"cut-{step}"
+        shutil.copytree(whole / "checkpoints" / name, cut / "checkpoints" / name)
+        shutil.copy(whole / "draft_config.json", cut)
+        train(config_of(world, cut, restore_from=name, **options), ALONE)
+        assert metrics_of(whole)[step:] == metrics_of(cut)
+        actual = weights_of(cut, "epoch_2_step_10")
+        assert [True] * len(expected) == [torch.equal(expected[key], actual[key]) for key in expected]
+
+
 def test_log_lines_of_a_resumed_run_are_those_of_an_uncut_one_also_when_they_span_steps(world, tmp_path):
     """A line's mean never reaches over a checkpoint."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
