@@ -1,35 +1,36 @@
-"""Step 39: the whole path in minutes: make a target, train a draft on it, stop the run, resume it, look."""
+"""Step 28: the whole path in minutes: a target, a draft trained on it, killed and resumed, measured and exported."""
 
-import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import tiepolicy
-from eagle3.checkpoint import RunCheckpoints, read_draft_config, write_draft_config
-from eagle3.draft import Draft
+from eagle3.checkpoint import read_draft_config, write_draft_config
 from eagle3.embedded import write_embedded_conversations, write_embedded_target
 from eagle3.errors import ConfigError, Eagle3Error
-from eagle3.parallel import Ranks
-from eagle3.trainer import METRICS
+from eagle3.evaluate import EvaluateConfig, Evaluation, evaluate, write_evaluation
+from eagle3.export import Format, export
+from eagle3.finished import TrainedDraft, open_run
+from eagle3.report import read_runs, write_report
 
 logger = logging.getLogger("eagle3")
 
 NUM_PROCESSES = 2
 NUM_CONVERSATIONS = 600
 DRAFT_VOCAB_SIZE = 512
-#: Steps; the run is stopped at its first checkpoint and resumes from there.
-CHECKPOINT_EVERY = 50
+#: Tokens that the draft proposes in a row.
+DEPTH = 6
+#: Steps; with so many conversations half of the run, which is killed there and resumed.
+CHECKPOINT_EVERY = 75
+#: Other conversations than the draft was trained on; their questions are the prompts.
+NUM_PROMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class DemoConfig:
     """The demonstration.
 
     Args:
-        out: Folder for the target, the conversations and the run; must not exist yet.
+        out: Folder for the target, the conversations, the run and the exports; must not exist yet.
         seed: Of everything random.
     """
 
@@ -45,8 +46,17 @@ class DemoConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Paths:
+    conversations: Path
+    prompts: Path
+    target: Path
+    run: Path
+    exports: dict[Format, Path]
+
+
 def run_demo(config: DemoConfig) -> None:
-    """Make a target with tied embeddings, train a draft on it in two processes, stop them, resume, print a table.
+    """Make a target with tied embeddings, train a draft on it in two processes, kill them, resume, measure, export.
 
     Raises:
         ConfigError: If the folder exists.
@@ -56,33 +66,72 @@ def run_demo(config: DemoConfig) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another --out, or delete it.")
     out.mkdir(parents=True)
-    console = Console()
-    started = time.monotonic()
-    conversations, target, run = out / "conversations.jsonl", out / "target", out / "run"
-    write_embedded_conversations(conversations, num_conversations=NUM_CONVERSATIONS, seed=config.seed)
+    paths = _Paths(
+        conversations=out / "conversations.jsonl",
+        prompts=out / "prompts.jsonl",
+        target=out / "target",
+        run=out / "run",
+        exports={"plain": out / "export", "speculators": out / "export-speculators"},
+    )
+    console, started = Console(), time.monotonic()
     console.print(f"Teaching a small target on {NUM_CONVERSATIONS} conversations (about a minute) ...")
-    write_embedded_target(target, conversations, seed=config.seed)
-    settings = [
-        *("--out", run, "--target.model", target, "--data.train", conversations, "--data.max_length", 256),
-        *("--draft.vocab_size", DRAFT_VOCAB_SIZE, "--unroll.steps", 6, "--train.epochs", 2),
-        *("--train.batch_size", 6, "--train.lr", 2e-3, "--train.seed", config.seed),
-        *("--checkpoint.every_steps", CHECKPOINT_EVERY),
-    ]
-    console.print(f"Training a draft on it in {NUM_PROCESSES} processes, stopped at their first checkpoint ...")
-    _train(settings, stop_at="Saved checkpoint to")
+    _make_world(paths, seed=config.seed)
+    settings = _settings(paths, seed=config.seed)
+    console.print(f"Training a draft on it in {NUM_PROCESSES} processes, killed at their first checkpoint ...")
+    _train(settings, kill_at="Saved checkpoint to")
     console.print("Resuming, with the target's tie_word_embeddings copied into the draft's config as a trap ...")
-    _inherit_flag(run)
+    _inherit_flag(paths.run)
     _train([*settings, "--checkpoint.restore_from", "LATEST"])
-    _show(console, run, target, seconds=time.monotonic() - started)
+    console.print("Writing answers with the target alone and with the draft, and exporting ...")
+    trained = open_run(paths.run, checkpoint="LATEST")
+    draft_plan, target_plan = tiepolicy.plan(trained.draft), tiepolicy.plan(trained.target.model)
+    for kind, folder in paths.exports.items():
+        export(trained, folder, kind=kind)
+    evaluation = _evaluate(trained, paths)
+    picture, page = write_report(read_runs([str(paths.run)]), out)
+    table = _table(evaluation, title=f"eagle3 demo, {time.monotonic() - started:.0f} s")
+    table.add_row("weights of the target", _summary(target_plan))
+    table.add_row("weights of the draft", _summary(draft_plan))
+    table.add_row("checkpoint", str(trained.checkpoint))
+    table.add_row("plot", f"{picture}\n{page}")
+    table.add_row("export", "\n".join(f"{folder} ({kind})" for kind, folder in paths.exports.items()))
+    console.print(table)
 
 
-def _train(settings: list[Any], *, stop_at: str | None = None) -> None:
-    """Run `eagle3 train` under torchrun and show its lines; stop it when a line contains `stop_at`."""
+def _make_world(paths: _Paths, *, seed: int) -> None:
+    write_embedded_conversations(paths.conversations, num_conversations=NUM_CONVERSATIONS, seed=seed)
+    write_embedded_conversations(paths.prompts, num_conversations=2 * NUM_PROMPTS, seed=seed + 1)
+    write_embedded_target(paths.target, paths.conversations, seed=seed)
+
+
+def _settings(paths: _Paths, *, seed: int) -> list[str]:
+    settings = {
+        "out": paths.run,
+        "target.model": paths.target,
+        "data.train": paths.conversations,
+        "data.max_length": 256,
+        "draft.vocab_size": DRAFT_VOCAB_SIZE,
+        "unroll.steps": DEPTH,
+        "train.epochs": 3,
+        "train.batch_size": 6,
+        # Far above what a real run takes: there are few steps, and the draft is narrow.
+        "train.lr": 4e-3,
+        "train.seed": seed,
+        "checkpoint.every_steps": CHECKPOINT_EVERY,
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def _train(settings: list[str], *, kill_at: str | None = None) -> None:
+    """Run `eagle3 train` under torchrun and show its lines; kill it when a line contains `kill_at`.
+
+    The kill leaves it no time for anything. Its processes end soon after it, and only then is its output closed.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
     threads = max(1, (os.cpu_count() or 1) // NUM_PROCESSES)
-    lines = []
+    lines, killed = [], False
     with subprocess.Popen(
-        [*command, "-m", "eagle3", "train", *map(str, settings)],
+        [*command, "-m", "eagle3", "train", *settings],
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,
@@ -91,12 +140,10 @@ def _train(settings: list[Any], *, stop_at: str | None = None) -> None:
         for line in process.stderr:
             lines.append(line)
             sys.stderr.write(line)
-            if stop_at is not None and stop_at in line:
-                # torchrun hands the signal on to the processes it started; killed, it would leave them training.
-                process.send_signal(signal.SIGTERM)
-                process.communicate()
-                return
-    if process.returncode != 0:
+            if kill_at is not None and kill_at in line and not killed:
+                process.kill()
+                killed = True
+    if killed != (kill_at is not None) or (process.returncode != 0 and not killed):
         raise Eagle3Error(f"A training process of the demo failed:\n{''.join(lines[-20:])}")
 
 
@@ -107,26 +154,25 @@ def _inherit_flag(run: Path) -> None:
     write_draft_config(run, config)
 
 
-def _show(console: Console, run: Path, target: Path, *, seconds: float) -> None:
-    metrics = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
-    draft = Draft(read_draft_config(run))
-    checkpoints = RunCheckpoints(run, Ranks(rank=0, world_size=1, device=torch.device("cpu")))
-    folder = checkpoints.store.resolve("LATEST")
-    checkpoints.store.load(folder, model=draft)
-    table = Table("", "", show_header=False, title=f"eagle3 demo, {seconds:.0f} s")
+def _evaluate(trained: TrainedDraft, paths: _Paths) -> Evaluation:
+    settings = EvaluateConfig(run=str(paths.run), data=str(paths.prompts), num_prompts=NUM_PROMPTS, max_new_tokens=96)
+    evaluation = evaluate(trained, settings)
+    write_evaluation(paths.run, evaluation)
+    return evaluation
+
+
+def _table(found: Evaluation, *, title: str) -> Table:
+    table = Table("", "", show_header=False, title=title)
     table.columns[1].overflow = "fold"  # paths are there to be copied
-    table.add_row("weights of the target", _summary(_plan_of_target(target)))
-    table.add_row("weights of the draft", _summary(tiepolicy.plan(draft)))
-    table.add_row("loss, first and last", f"{metrics[0]['loss']:.3f}, {metrics[-1]['loss']:.3f}")
-    table.add_row("accuracy of each step", "  ".join(f"{share:.2f}" for share in metrics[-1]["accuracy"]))
-    table.add_row(
-        "simulated accept length",
-        f"{metrics[-1]['accept_length']:.2f} of {len(metrics[-1]['accuracy'])} drafted tokens",
-    )
-    table.add_row("target", str(target))
-    table.add_row("checkpoint", str(folder))
-    table.add_row("metrics", str(run / METRICS))
-    console.print(table)
+    of = f"of {found.num_drafted} drafted tokens"
+    greedy, sampled = found.greedy, found.sampled
+    table.add_row("accept length, simulated", f"{found.simulated:.2f} {of}")
+    table.add_row("accept length, real", f"{greedy.accept_length:.2f} {of}; {sampled.accept_length:.2f} sampled")
+    table.add_row("tokens per target pass", f"{greedy.tokens_per_pass:.2f}; {sampled.tokens_per_pass:.2f} sampled")
+    table.add_row("speed-up over generate", f"{greedy.speed_up:.2f} times; {sampled.speed_up:.2f} sampled")
+    identical = f"{found.num_identical} of {found.num_prompts} answers token by token"
+    table.add_row("identical greedy output", identical + (f". {found.difference}" if found.difference else ""))
+    return table
 
 
 def _summary(plan: tiepolicy.TiePlan) -> str:
@@ -137,9 +183,3 @@ def _summary(plan: tiepolicy.TiePlan) -> str:
     ]
     saved = f"{len(plan.tensors)} tensors, {tiepolicy.format_bytes(plan.bytes_saved)} saved by ties"
     return "\n".join([saved, *ties, *(f"refused: {refusal}" for refusal in plan.refused)])
-
-
-def _plan_of_target(target: Path) -> tiepolicy.TiePlan:
-    from transformers import AutoModelForCausalLM
-
-    return tiepolicy.plan(AutoModelForCausalLM.from_pretrained(target, local_files_only=True))
