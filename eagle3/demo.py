@@ -27,7 +27,7 @@ NUM_CONVERSATIONS = 600
 DRAFT_VOCAB_SIZE = 512
 #: Tokens that the draft proposes in a row.
 DEPTH = 6
-#: Steps; with so many conversations half of the run, which is killed there and resumed.
+#: Steps; with so many conversations half of the run, in its second epoch: it is killed there and resumed.
 CHECKPOINT_EVERY = 75
 #: Other conversations than the draft was trained on; their questions are the prompts.
 NUM_PROMPTS = 16
@@ -77,25 +77,31 @@ def run_demo(config: DemoConfig) -> None:
     console.print(f"Teaching a small target on {NUM_CONVERSATIONS} conversations (about a minute) ...")
     _make_world(paths, seed=config.seed)
     settings = _settings(paths, seed=config.seed)
-    console.print(f"Training a draft on it in {NUM_PROCESSES} processes, killed at their first checkpoint ...")
-    _train(settings, kill_at="Saved checkpoint to")
+    console.print(f"Training a draft on it in {NUM_PROCESSES} processes, killed half-way ...")
+    _train(settings, kill_at=f"epoch_2_step_{CHECKPOINT_EVERY}")
     console.print("Resuming, with the target's tie_word_embeddings copied into the draft's config as a trap ...")
     _inherit_flag(paths.run)
     _train([*settings, "--checkpoint.restore_from", "LATEST"])
     console.print("Writing answers with the target alone and with the draft, and exporting ...")
+    table = _measure_and_export(paths)
+    table.title = f"eagle3 demo, {time.monotonic() - started:.0f} s"
+    console.print(table)
+
+
+def _measure_and_export(paths: _Paths) -> Table:
     trained = open_run(paths.run, checkpoint="LATEST")
     draft_plan, target_plan = tiepolicy.plan(trained.draft), tiepolicy.plan(trained.target.model)
     for kind, folder in paths.exports.items():
         export(trained, folder, kind=kind)
     evaluation = _evaluate(trained, paths)
-    picture, page = write_report(read_runs([str(paths.run)]), out)
-    table = _table(evaluation, title=f"eagle3 demo, {time.monotonic() - started:.0f} s")
+    picture, page = write_report(read_runs([str(paths.run)]), paths.run.parent)
+    table = _table(evaluation)
     table.add_row("weights of the target", _summary(target_plan))
     table.add_row("weights of the draft", _summary(draft_plan))
     table.add_row("checkpoint", str(trained.checkpoint))
     table.add_row("plot", f"{picture}\n{page}")
     table.add_row("export", "\n".join(f"{folder} ({kind})" for kind, folder in paths.exports.items()))
-    console.print(table)
+    return table
 
 
 def _make_world(paths: _Paths, *, seed: int) -> None:
@@ -161,8 +167,8 @@ def _evaluate(trained: TrainedDraft, paths: _Paths) -> Evaluation:
     return evaluation
 
 
-def _table(found: Evaluation, *, title: str) -> Table:
-    table = Table("", "", show_header=False, title=title)
+def _table(found: Evaluation) -> Table:
+    table = Table("", "", show_header=False)
     table.columns[1].overflow = "fold"  # paths are there to be copied
     of = f"of {found.num_drafted} drafted tokens"
     greedy, sampled = found.greedy, found.sampled

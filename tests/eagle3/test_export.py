@@ -250,13 +250,13 @@ def test_the_speculators_library_loads_its_format_and_drafts_the_same(world, tmp
     from speculators import SpeculatorModel  # type: ignore[import-not-found]
 
     exported(world, run, tmp_path / "export", kind="speculators")
-    model = SpeculatorModel.from_pretrained(tmp_path / "export", attn_implementation="eager").float()
+    model = SpeculatorModel.from_pretrained(tmp_path / "export").float()
     stored, loaded = load_file(tmp_path / "export" / "model.safetensors"), model.state_dict()
     assert [] == [name for name, tensor in stored.items() if not torch.equal(tensor, loaded[name].to(tensor.dtype))]
 
     trained = open_run(world / run, checkpoint="LATEST")
     draft, num_steps = trained.draft.bfloat16().float(), 3
-    ids_BT = torch.randint(600, (1, 14), generator=torch.Generator().manual_seed(0))
+    ids_BT = torch.randint(600, (1, 129), generator=torch.Generator().manual_seed(0))
     aux_BTA = trained.target.features(ids_BT).aux_BTA
     states_SNH = TrainingTimeTest(draft, num_steps=num_steps)._unroll(
         ids_BT, aux_BTA, plan_rows(torch.ones_like(ids_BT), num_steps)
@@ -264,7 +264,7 @@ def test_the_speculators_library_loads_its_format_and_drafts_the_same(world, tmp
     expected_SN = draft.lm_head(states_SNH).argmax(dim=-1)
     with torch.no_grad():
         # In its row stands the token behind that of the state; it goes on with the true tokens, as training does.
-        actual = model(aux_BTA[:, :-1], ids_BT[:, 1:], torch.zeros(1, 13, dtype=torch.long), ttt_steps=num_steps)
+        actual = model(aux_BTA[:, :-1], ids_BT[:, 1:], torch.zeros(1, 128, dtype=torch.long), ttt_steps=num_steps)
     for step in range(num_steps):
-        rows = 13 - step
+        rows = 128 - step
         assert expected_SN[step, :rows].tolist() == actual[step][0, :rows].tolist()
