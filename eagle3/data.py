@@ -4,8 +4,9 @@ Shape suffixes: B batch, T tokens.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,7 @@ class Batch:
             one behind the last; None if every row is one conversation.
         examples: The indices of each row's conversations.
         features: The target's states, if they were read from disk.
+        pairs: What `prepare` of `batches` made for the step.
     """
 
     input_ids_BT: torch.Tensor
@@ -32,6 +34,7 @@ class Batch:
     documents_BT: torch.Tensor | None = None
     examples: tuple[tuple[int, ...], ...] = ()
     features: Features | None = None
+    pairs: Any = None
 
 
 def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, row_length: int | None = None) -> Batch:
@@ -131,9 +134,10 @@ def positions_of(documents_BT: torch.Tensor) -> torch.Tensor:
 class _Batches(Dataset[Batch]):
     """Makes the batch of a list of picks, in a worker process if there are any."""
 
-    def __init__(self, data: EncodedData, *, pad_id: int) -> None:
+    def __init__(self, data: EncodedData, *, pad_id: int, prepare: Callable[[Batch], Batch] | None) -> None:
         self.data = data
         self.pad_id = pad_id
+        self.prepare = prepare
 
     def __getitem__(self, picks: list[Pick]) -> Batch:
         data = self.data
@@ -145,7 +149,8 @@ class _Batches(Dataset[Batch]):
                 batch.loss_mask_BT[place] = False
         source, num_tokens = data.feature_source, batch.input_ids_BT.shape[1]
         features = None if source is None else source(numbers, num_tokens)
-        return replace(batch, examples=tuple(numbers), features=features)
+        batch = replace(batch, examples=tuple(numbers), features=features)
+        return batch if self.prepare is None else self.prepare(batch)
 
 
 def batches(
@@ -156,6 +161,7 @@ def batches(
     start_row: int = 0,
     pad_id: int,
     num_workers: int = 0,
+    prepare: Callable[[Batch], Batch] | None = None,
 ) -> Iterator[Batch]:
     """Yields this rank's batches of what is left of one epoch, on the CPU.
 
@@ -166,10 +172,11 @@ def batches(
         start_row: Rows of this epoch that all ranks of a resumed run together have seen.
         pad_id: Any id of the vocabulary.
         num_workers: Processes that prepare batches ahead; 0 to prepare each when it is asked for.
+        prepare: Adds to each batch what its step needs, in the process that makes it.
     """
     assert order.num_rows == data.num_rows
     yield from DataLoader(
-        _Batches(data, pad_id=pad_id),
+        _Batches(data, pad_id=pad_id, prepare=prepare),
         batch_size=None,
         sampler=order.epoch(epoch, start_row=start_row),
         num_workers=num_workers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,11 @@ from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, pays_off
 from eagle3.inputs import Target
-from eagle3.pairs import PairPlan, plan_pairs
+from eagle3.pairs import PairPlan, with_pairs
 from eagle3.parallel import Ranks
 from eagle3.step import Scorer, to_device
 from eagle3.teacher import TeacherHead
-from eagle3.unroll import TrainingTimeTest, UnrollResult, plan_rows
+from eagle3.unroll import TrainingTimeTest, UnrollResult
 
 
 def obstacle(config: RunConfig, draft: Draft) -> str | None:
@@ -64,6 +65,7 @@ class FusedScorer(Scorer):
             decay=config.unroll.decay,
             deterministic=config.train.deterministic,
         )
+        self.prepare = partial(with_pairs, num_steps=config.unroll.steps)
         self._head: TeacherHead | None = None
         self._graphed = GraphedStep(self._run)
         # gloo only adds.
@@ -102,10 +104,10 @@ class FusedScorer(Scorer):
     def _inputs(self, batch: Batch) -> tuple[StepInputs, Tensor | None, Tensor]:
         """The step's inputs, their plan still on the host; the target's greedy tokens if known; whether any is bad."""
         features, is_bad = self.features(batch)
-        rows = plan_rows(batch.loss_mask_BT, self._num_steps, documents_BT=batch.documents_BT)
-        num_sequences, num_tokens = batch.input_ids_BT.shape
+        if batch.pairs is None:
+            batch = with_pairs(batch, num_steps=self._num_steps)
         inputs = StepInputs(
-            plan=plan_pairs(rows, num_sequences=num_sequences, num_tokens=num_tokens),
+            plan=batch.pairs,
             input_ids_L=to_device(batch.input_ids_BT, self.device).flatten(),
             aux_LA=features.aux_BTA.to(self._weights.copy.dtype).flatten(0, 1),
             hidden_LE=features.hidden_BTE.flatten(0, 1),

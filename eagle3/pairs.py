@@ -6,14 +6,15 @@ Shape suffixes: B sequences, T tokens, L = BT, N rows that carry loss, S steps, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from eagle3.data import Batch
 from eagle3.kernels.causal import Segments
-from eagle3.unroll import RowPlan
+from eagle3.unroll import RowPlan, plan_rows
 
 #: Tensors start at multiples of 16 bytes, so that kernels are compiled for aligned pointers only.
 _ALIGNMENT = 4
@@ -138,6 +139,13 @@ def plan_pairs(plan: RowPlan, *, num_sequences: int, num_tokens: int) -> PairPla
         longest=int(time_L.max()) + 1,
         num_sequences=num_sequences if plan.starts_N is None else None,
     )
+
+
+def with_pairs(batch: Batch, *, num_steps: int) -> Batch:
+    """The batch with its plan, for the processes that prepare batches."""
+    rows = plan_rows(batch.loss_mask_BT, num_steps, documents_BT=batch.documents_BT)
+    num_sequences, num_tokens = batch.input_ids_BT.shape
+    return replace(batch, pairs=plan_pairs(rows, num_sequences=num_sequences, num_tokens=num_tokens))
 
 
 def padded(plan: PairPlan, *, num_rows: int, num_pairs: int, num_teachers: int) -> PairPlan:

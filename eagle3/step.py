@@ -1,7 +1,7 @@
 """Step 29: one optimizer step over several batches and processes, and a look at what it gave once it is known."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -27,6 +27,9 @@ class Scorer:
         device: Where both are.
         precision: Of the draft's matrix products.
         dtype: Of the draft's weights.
+
+    Attributes:
+        prepare: What the processes that make batches are to add to each; None for nothing.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Scorer:
         dtype: torch.dtype,
     ) -> None:
         self.target = target
+        self.prepare: Callable[[Batch], Batch] | None = None
         self.unroll = unroll
         self.device = device
         self.autocast = torch.autocast(device.type, precision, enabled=precision != dtype)

@@ -275,6 +275,7 @@ class _Run:
             start_row=self.state.progress.num_seen,
             pad_id=0,
             num_workers=self.config.data.num_workers,
+            prepare=self.scorer.prepare,
         ):
             taken.append(batch)
             if len(taken) == self.config.train.accumulate:

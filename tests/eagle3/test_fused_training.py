@@ -2,6 +2,7 @@
 
 # Expected values stand on the left.
 
+import dataclasses
 import shutil
 
 import pytest
@@ -59,3 +60,10 @@ def test_what_it_cannot_do_is_said(world, tmp_path):
         ConfigError, match=r"^train\.step is fused, but unroll\.loss is lk_alpha\. Leave out train\.step"
     ):
         train(config_of(world, tmp_path, train={"step": "fused"}, unroll={"loss": "lk_alpha"}), ALONE)
+
+
+def test_worker_processes_prepare_the_same_rows_and_pairs(world, tmp_path):
+    for number in (0, 2):
+        config = config_of(world, tmp_path / str(number), epochs=1, train={"step": "fused"})
+        train(dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=number)), ALONE)
+    assert metrics_of(tmp_path / "0") == metrics_of(tmp_path / "2")
