@@ -1,4 +1,4 @@
-"""Step 41: the command line."""
+"""Step 42: the command line."""
 
 import difflib
 import itertools

@@ -1,4 +1,4 @@
-"""Step 15: all that a run reads: the target, the conversations, and the draft vocabulary that follows from them."""
+"""Step 16: all that a run reads: the target, the conversations, and the draft vocabulary that follows from them."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from eagle3.cache import CachedTarget, CacheKey, FeatureReader, write_features
+from eagle3.cache import CachedTarget, CacheKey, FeatureReader
+from eagle3.capture import write_features
 from eagle3.config import RunConfig
 from eagle3.description import choose_layers, describe_target, load_tokenizer, require_tokens_fit, weights_digest
 from eagle3.errors import ConfigError

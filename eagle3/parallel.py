@@ -1,4 +1,4 @@
-"""Step 14: the processes that train together, how the draft is spread over them, and what they exchange."""
+"""Step 15: the processes that train together, how the draft is spread over them, and what they exchange."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Step 13: how a run ends before its end: a signal asks for it, or whoever started the process is gone."""
+"""Step 14: how a run ends before its end: a signal asks for it, or whoever started the process is gone."""
 
 import os
 import signal

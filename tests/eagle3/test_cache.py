@@ -14,7 +14,8 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from eagle3.cache import CachedTarget, FeatureReader, _groups, _plan_shards, bytes_per_token, write_features
+from eagle3.cache import CachedTarget, FeatureReader, bytes_per_token
+from eagle3.capture import _groups, _plan_shards, write_features
 from eagle3.config import DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
 from eagle3.data import BatchOrder, batches
 from eagle3.errors import CacheError, NumericsError
@@ -301,5 +302,5 @@ def test_shards_hold_whole_conversations_in_order(lengths, size, expected):
 
 
 def test_conversations_that_are_read_together_have_similar_lengths(monkeypatch):
-    monkeypatch.setattr("eagle3.cache._FORWARD_TOKENS", 12)
+    monkeypatch.setattr("eagle3.capture._FORWARD_TOKENS", 12)
     assert [[1, 3], [0, 2], [4]] == list(_groups([5, 1, 6, 2, 30]))
