@@ -1,6 +1,4 @@
-"""The trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass.
-
-Shape suffixes: none; buffers are flat, (elements,).
+"""Step 21: the trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass."""
 """
 
 from typing import Any
