@@ -1,5 +1,4 @@
 """Step 21: the trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass."""
-"""
 
 from typing import Any
 
