@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tiepolicy._claims import Claim
-from tiepolicy._evidence import View
+from tiepolicy._evidence import View, relate, view_within
 from tiepolicy._memory import nested
 from tiepolicy._observe import Facts
 from tiepolicy._verdicts import Reason, Verdict
@@ -50,6 +50,25 @@ class RefusedClaim:
         )
         claimant = self.claim.detail or self.claim.source
         return f"{first} and {second} cannot be one tensor: {self.verdict.detail}; claimed by {claimant}"
+
+
+def holds(group: TieGroup, alias: Alias, facts: Facts) -> bool:
+    """Whether an alias is still the part of the canonical tensor that it was, in memory."""
+    owner, part = facts[group.canonical], facts[alias.name]
+    reason = relate(owner, part)
+    if alias.view is None:
+        return reason in (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
+    return reason is Reason.VIEW_OF and view_within(owner, part) == alias.view
+
+
+def is_one(group: TieGroup, alias: Alias, facts: Facts) -> bool:
+    """Whether a tie holds for whoever trains it too: two parameters over one memory have two gradients."""
+    whole = (group.canonical, *(other.name for other in group.aliases if other.view is None))
+    parameters = [facts[name] for name in whole if facts[name].kind == "parameter"]
+    if alias.view is None and facts[alias.name].kind == "parameter":
+        # The canonical tensor may be a buffer that shares the memory of several parameters.
+        return facts[alias.name].object_id == parameters[0].object_id and holds(group, alias, facts)
+    return holds(group, alias, facts)
 
 
 def group_by_memory(names: Sequence[str], facts: Facts) -> TieGroup | None:

@@ -13,10 +13,9 @@ from torch import nn
 from tiepolicy import _manifest, _table
 from tiepolicy._companions import Companion
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle, unresolved
-from tiepolicy._evidence import relate, view_within
 from tiepolicy._external import ExternalTie, Owners, check_digest, take
 from tiepolicy._facts import TensorSpec
-from tiepolicy._groups import Alias, RefusedClaim, TieGroup
+from tiepolicy._groups import Alias, RefusedClaim, TieGroup, holds, is_one
 from tiepolicy._observe import Facts, observe
 from tiepolicy._retie import Keep, share
 from tiepolicy._values import first_difference, view_of
@@ -190,25 +189,25 @@ class TiePlan:
     def verify(self, model: nn.Module | Mapping[str, torch.Tensor], *, after: str = "") -> None:
         """Check that every tie of the plan still holds in a model.
 
+        What was one parameter must be one parameter: of two over one memory, each would have a gradient and an
+        optimizer state. For all else (buffers, views, mappings, parameters that were two already when the plan was
+        made) the memory decides.
+
         Args:
             model: The module or mapping to look at.
             after: What was done to it since the plan was made, such as `to_empty()`, for the message.
 
         Raises:
             MissingTensorError: If a tied name is gone.
-            BrokenTieError: If names that were one tensor no longer are.
+            BrokenTieError: If names that were one tensor, or one parameter, no longer are.
         """
         facts = observe(model)
         for group in self.groups:
             for alias in group.aliases:
                 _check_present((alias.name, group.canonical), facts)
-                if not _holds(facts, group, alias):
-                    raise BrokenTieError(
-                        f"{alias.name} and {group.canonical} were one tensor{f' before {after}' if after else ''} and "
-                        "no longer are: training would let them drift apart. Tie them again before the optimizer is "
-                        "built",
-                        names=[alias.name, group.canonical],
-                    )
+                broken = _break(group, alias, facts, after)
+                if broken is not None:
+                    raise BrokenTieError(broken, names=[alias.name, group.canonical])
 
     def retie(self, model: nn.Module, *, keep: Keep | None = None) -> None:
         """Make the names of every group one tensor again, in a module that lost it; changes the module.
@@ -230,7 +229,7 @@ class TiePlan:
         share(
             model,
             self.groups,
-            holds=lambda group, alias: _is_one(facts, group, alias),
+            holds=lambda group, alias: is_one(group, alias, facts),
             keep=keep,
             moment=Moment.RETIE,
             resolver=self.resolver,
@@ -263,7 +262,7 @@ class TiePlan:
     ) -> str | None:
         """The name whose value stands for both, which is the canonical one if they are equal; None to untie them."""
         owner, tensor = state_dict[group.canonical], state_dict[alias.name]
-        if _holds(Facts({group.canonical: owner, alias.name: tensor}), group, alias):
+        if holds(group, alias, Facts({group.canonical: owner, alias.name: tensor})):
             return group.canonical
         difference = first_difference(view_of(owner, alias.view), tensor)
         if difference is None:
@@ -275,20 +274,20 @@ class TiePlan:
         return settle(conflict, self.resolver)
 
 
-def _holds(facts: Facts, group: TieGroup, alias: Alias) -> bool:
-    owner, part = facts[group.canonical], facts[alias.name]
-    reason = relate(owner, part)
-    if alias.view is None:
-        return reason in (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
-    return reason is Reason.VIEW_OF and view_within(owner, part) == alias.view
-
-
-def _is_one(facts: Facts, group: TieGroup, alias: Alias) -> bool:
-    """Whether a tie holds for whoever trains it too: two parameters over one memory have two gradients."""
-    owner, part = facts[group.canonical], facts[alias.name]
-    if alias.view is None and owner.kind == part.kind == "parameter":
-        return owner.object_id == part.object_id
-    return _holds(facts, group, alias)
+def _break(group: TieGroup, alias: Alias, facts: Facts, after: str) -> str | None:
+    """How a tie was broken since the plan was made, as a sentence; None if it holds."""
+    if not holds(group, alias, facts):
+        return (
+            f"{alias.name} and {group.canonical} were one tensor{f' before {after}' if after else ''} and no longer "
+            "are: training would let them drift apart. Tie them again before the optimizer is built"
+        )
+    if alias.reason is Reason.SAME_OBJECT and not is_one(group, alias, facts):
+        return (
+            f"{alias.name} and {group.canonical} share memory{f' after {after}' if after else ''} but are two "
+            "parameters, and were one: each would have a gradient and an optimizer state of its own. Call retie "
+            "before the optimizer is built"
+        )
+    return None
 
 
 def _check_present(names: tuple[str, ...], facts: Facts) -> None:

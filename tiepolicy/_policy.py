@@ -14,7 +14,7 @@ from tiepolicy._companions import Companion, companions_by_shape, joined
 from tiepolicy._conflict import Conflict, Missing, Moment, Resolution, unresolved
 from tiepolicy._evidence import relate
 from tiepolicy._external import ExternalTie, Owners, find_external
-from tiepolicy._groups import Alias, RefusedClaim, TieGroup, group_by_memory
+from tiepolicy._groups import Alias, RefusedClaim, TieGroup, group_by_memory, is_one
 from tiepolicy._joining import group_of, join, owners_of, pairs_of, without_accepted
 from tiepolicy._observe import Facts, observe
 from tiepolicy._plan import TiePlan
@@ -91,8 +91,9 @@ class Policy:
     def tie(self, model: nn.Module, *, keep: Keep | None = None) -> TiePlan:
         """Make the ties real that are declared and possible but not there; changes the module.
 
-        Possible means equal shape, dtype and placement. Call it where a model is built: before it is sharded, and
-        before its optimizer is made.
+        Possible means equal shape, dtype and placement. Parameters that only share their memory become one object too,
+        declared or not, unless one is frozen and another is not. Call it where a model is built: before it is sharded,
+        and before its optimizer is made.
 
         Args:
             model: The module to change.
@@ -111,15 +112,16 @@ class Policy:
         accepted, refused = self._judge(pairs_of(claims), facts)
         possible = [refusal.claim for refusal in refused if _is_possible(refusal, facts)]
         wanted = {name for claim in possible for name in claim.names}
-        groups = [
-            self._wished(names, claims, facts)
-            for names, claims in join([*accepted, *possible])
-            if not wanted.isdisjoint(names)
-        ]
+        groups: list[TieGroup] = []
+        for names, connecting in join([*accepted, *possible]):
+            if not wanted.isdisjoint(names):
+                groups.append(self._wished(names, connecting, facts))
+            else:
+                groups += [group for group in self._groups(list(connecting), facts) if _trains_alike(group, facts)]
         share(
             model,
             groups,
-            holds=lambda group, alias: facts[group.canonical].object_id == facts[alias.name].object_id,
+            holds=lambda group, alias: is_one(group, alias, facts),
             keep=keep,
             moment=Moment.TIE,
             resolver=self.resolve,
@@ -313,6 +315,12 @@ def _is_possible(refusal: RefusedClaim, facts: Facts) -> bool:
     """Whether nothing but separate memory is in the way of a claim, by the verdict and by the facts."""
     own = _rules.tiepolicy_decide(refusal.claim, facts)
     return Reason.DECLARED_NOT_TIED is refusal.verdict.reason is own.reason
+
+
+def _trains_alike(group: TieGroup, facts: Facts) -> bool:
+    """Whether all parameters that are the whole tensor are frozen, or none is; a frozen double may be on purpose."""
+    whole = (group.canonical, *(alias.name for alias in group.aliases if alias.view is None))
+    return len({facts.tensor(name).requires_grad for name in whole if facts[name].kind == "parameter"}) <= 1
 
 
 def _external(

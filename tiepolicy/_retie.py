@@ -137,9 +137,14 @@ def _apply(change: _Change, places: dict[str, list[_Place]]) -> None:
     if change.values is not None:
         with torch.no_grad():
             change.owner.copy_(change.values)
-    for name in change.names:
-        for place in places[name]:
-            _put(place, change.owner)
+    held = [place for name in change.names for place in places[name]]
+    owner = change.owner
+    trained = next((place.tensor for place in held if not place.is_buffer), None)
+    if trained is not None and not isinstance(owner, nn.Parameter):
+        # A buffer is the owner: its parameters become one, not one each.
+        owner = nn.Parameter(owner, requires_grad=trained.requires_grad)
+    for place in held:
+        _put(place, owner)
     for alias in change.parts:
         for place in places[alias.name]:
             _put(place, view_of(change.owner.detach(), alias.view))

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
 from hypothesis import given
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import tiepolicy
 from models import HeadFirst, TiedPair, tiny_llama
@@ -147,6 +150,60 @@ def test_verify_names_the_pair_and_the_step_that_broke_it():
     message = "lm_head.weight and embed_tokens.weight were one tensor before to_empty\\(\\) and no longer are"
     with pytest.raises(BrokenTieError, match=message):
         plan.verify(model, after="to_empty()")
+
+
+def test_verify_tells_two_parameters_over_one_memory_from_one_parameter():
+    model = TiedPair()
+    plan = tiepolicy.plan(model)
+    model.load_state_dict(model.state_dict(), assign=True)
+    message = (
+        "lm_head.weight and embed_tokens.weight share memory after assign=True but are two parameters, and were one: "
+        "each would have a gradient and an optimizer state of its own. Call retie before the optimizer is built"
+    )
+    with pytest.raises(BrokenTieError) as caught:
+        plan.verify(model, after="assign=True")
+    assert message == str(caught.value)
+    assert ("lm_head.weight", "embed_tokens.weight") == caught.value.names
+    plan.verify(model.state_dict())
+
+
+def test_verify_finds_two_parameters_on_one_storage_without_memory():
+    plan = tiepolicy.plan(TiedPair())
+    with init_empty_weights():
+        model = TiedPair()
+    with pytest.raises(BrokenTieError, match="share memory but are two parameters, and were one"):
+        plan.verify(model)
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:`_get_pg_default_device`")
+def test_verify_finds_what_a_full_load_into_a_model_without_data_left_as_two_parameters():
+    with torch.device("meta"):
+        model = TiedPair()
+    plan = tiepolicy.plan(model)
+    set_model_state_dict(model, TiedPair().state_dict(), options=StateDictOptions(full_state_dict=True))
+    with pytest.raises(BrokenTieError, match="share memory after set_model_state_dict but are two parameters"):
+        plan.verify(model, after="set_model_state_dict")
+    plan.retie(model)
+    plan.verify(model)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_parameters_that_were_two_over_one_memory_when_planned_may_stay_two():
+    model = TiedPair(tied=False)
+    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.data)
+    plan = tiepolicy.plan(model)
+    plan.verify(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.clone())
+    with pytest.raises(BrokenTieError, match="no longer are"):
+        plan.verify(model)
 
 
 def test_verify_says_when_a_tied_name_is_gone():

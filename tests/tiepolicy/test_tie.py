@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from hypothesis import given
 from torch import nn
 
@@ -225,6 +226,46 @@ def test_tie_refuses_a_name_that_is_a_part_of_a_third_tensor():
     model.other = nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(TiePolicyError, match="some are views of a part of another"):
         Policy(plugins=[ClaimK()]).tie(model)
+
+
+def test_tie_makes_parameters_over_one_memory_one_object_without_a_declaration():
+    model = TiedPair(tied=False)
+    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.data)
+    expected = model.embed_tokens.weight
+    tiepolicy.tie(model)
+    assert expected is model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_tie_leaves_a_frozen_double_that_nobody_declared_alone():
+    """The head reads the embedding and is not to train it."""
+    model = TiedPair(tied=False)
+    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.data, requires_grad=False)
+    plan = tiepolicy.tie(model)
+    assert model.lm_head.weight is not model.embed_tokens.weight
+    plan.verify(model)
+
+
+def test_tie_and_retie_mend_what_init_empty_weights_left_as_two_parameters_without_data():
+    whole = TiedPair()
+    plan = tiepolicy.plan(whole)
+    for mend in (tiepolicy.tie, plan.retie):
+        with init_empty_weights():
+            model = TiedPair()
+        assert model.lm_head.weight is not model.embed_tokens.weight
+        mend(model)
+        plan.verify(model)
+        assert model.lm_head.weight is model.embed_tokens.weight
+        assert model.lm_head.weight.is_meta
+
+
+def test_parameters_that_share_the_memory_of_a_buffer_become_one_parameter():
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(3))
+    model.b = nn.Parameter(model.a)
+    model.c = nn.Parameter(model.a)
+    tiepolicy.plan(model).retie(model)
+    assert model.b is model.c
+    assert model.a.data_ptr() == model.b.data_ptr()
 
 
 def test_a_declared_tie_that_is_not_there_is_recorded_as_such():
