@@ -170,7 +170,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         DataError: The tokenizer has no chat template, or reports no offsets.
     """
     template = _chat_template(tokenizer)
-    model: str = tokenizer.backend_tokenizer.to_str()
+    backend: Any = tokenizer.backend_tokenizer
+    model: str = backend.to_str()
     return hashlib.sha256(json.dumps([model, template, sorted(tokenizer.all_special_ids)]).encode()).hexdigest()
 
 

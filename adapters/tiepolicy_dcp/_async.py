@@ -87,7 +87,8 @@ class AsyncSaver:
         self._staging = self._shared or Staging()
         self._process = None if self._shared is None else WorkerProcess(self._shared.descriptor)
         # The trainer's collectives and ours must not meet in one group, nor ours wait for a GPU.
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group: dist.ProcessGroup | None = group
         self._pending: PendingSave | None = None
 
     def start(

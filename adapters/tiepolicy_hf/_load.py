@@ -133,9 +133,7 @@ def _concrete(cls: type[_Model], folder: Path, kwargs: dict[str, Any]) -> type[_
 def _reading(cls: type[_Model], evidence: _Evidence) -> Any:
     """The class with another answer to the question how it is tied."""
 
-    def tie_weights(
-        self: PreTrainedModel, missing_keys: set[str] | None = None, recompute_mapping: bool = True
-    ) -> None:
+    def tie_weights(self: Any, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         if cls.tie_weights is not PreTrainedModel.tie_weights:  # speech models load their adapters there
             cls.tie_weights(self, missing_keys=missing_keys, recompute_mapping=recompute_mapping)
         if missing_keys is None:

@@ -56,7 +56,7 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         """Write the weights of the checkpoint that the trainer has just written by the policy; on the first rank."""
         self._verify(kwargs["model"], f"step {state.global_step}")
         if state.is_world_process_zero:
-            save_as_held(kwargs["model"], Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            save_as_held(kwargs["model"], Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def _verify(self, model: Any, after: str) -> None:
         if self._plan is not None:

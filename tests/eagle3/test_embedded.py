@@ -3,9 +3,10 @@ import json
 import torch
 from safetensors import safe_open
 
-from eagle3.data import encode, load_conversations
+from eagle3.conversations import load_conversations
 from eagle3.embedded import write_embedded_conversations, write_embedded_target
 from eagle3.target import FrozenTarget
+from eagle3.tokens import encode
 
 
 def write_tiny_target(folder, *, num_steps=12):

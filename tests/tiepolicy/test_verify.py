@@ -55,7 +55,7 @@ def test_a_folder_of_transformers_is_whole_in_one_file_and_in_shards(tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="10kB")
     single, shards = (read_contents(tmp_path / name) for name in ("single", "shards"))
     assert (HF, HF, [], []) == (single.form, shards.form, find_problems(single.path), find_problems(shards.path))
-    assert [] == diff(single, shards)
+    assert [] == diff(single, shards).differences
     assert {"model.safetensors"} == {file for stored in single.tensors.values() for file in stored.files}
     assert 2 == len({file for stored in shards.tensors.values() for file in stored.files})
 
@@ -350,18 +350,18 @@ def test_differences_are_names_shapes_dtypes_and_ties(tmp_path):
     save_file({EMBED: torch.zeros(12, 4).half(), "more": torch.zeros(1)}, tmp_path / "other.safetensors")
     tied, untied, other = (read_contents(tmp_path / f"{name}.safetensors") for name in ("tied", "untied", "other"))
     assert [(HEAD, "tied differently", f"(12, 4) float32 = {EMBED}", "(12, 4) float32")] == [
-        (d.name, d.kind, d.a, d.b) for d in diff(tied, untied)
+        (d.name, d.kind, d.a, d.b) for d in diff(tied, untied).differences
     ]
     assert [(EMBED, "differs"), (HEAD, "only in A"), ("more", "only in B")] == [
-        (d.name, d.kind) for d in diff(tied, other)
+        (d.name, d.kind) for d in diff(tied, other).differences
     ]
-    assert [] == diff(tied, tied)
+    assert [] == diff(tied, tied).differences
 
 
 def test_the_model_of_a_dcp_folder_is_compared_with_a_file_of_the_model(tmp_path):
     model = TiedPair()
     folder = tiepolicy_dcp.save(tmp_path / "c", model=model, optimizer=torch.optim.AdamW(model.parameters()))
     save_model(model, tmp_path / "m.safetensors")
-    assert [] == diff(read_contents(folder), read_contents(tmp_path / "m.safetensors"))
+    assert [] == diff(read_contents(folder), read_contents(tmp_path / "m.safetensors")).differences
     other = read_contents(tiepolicy_dcp.save(tmp_path / "d", model=model))
-    assert {"only in A"} == {d.kind for d in diff(read_contents(folder), other)}
+    assert {"only in A"} == {d.kind for d in diff(read_contents(folder), other).differences}
