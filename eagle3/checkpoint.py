@@ -6,11 +6,13 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from transformers import LlamaConfig
 
 import tiepolicy
@@ -21,12 +23,17 @@ from eagle3.inputs import Target
 from eagle3.metrics import Measurement
 from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks
-from tiepolicy_dcp import CheckpointStore, PendingSave
+from tiepolicy import Owners, TiePlan
+from tiepolicy.errors import DtypeMismatchError, ExternalOwnerError, TieConflictError
+from tiepolicy_dcp import CheckpointStore, PendingSave, Restored
 
 logger = logging.getLogger("eagle3")
 
 #: The draft's config in the folder of a run; a resumed run builds its draft from it.
 DRAFT_CONFIG = "draft_config.json"
+
+#: The draft's embedding and, under the same name, that of the target as its owner.
+_EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +63,8 @@ class RunState:
     data_digest: str
     #: Of the target.
     target_digest: str
+    #: Whose tensors the draft uses without holding them, as `owners_of` gives them.
+    external: Owners = field(default_factory=dict)
 
 
 class RunCheckpoints:
@@ -81,6 +90,7 @@ class RunCheckpoints:
         self.ranks = ranks
         self.config = config = config or CheckpointConfig()
         self._pending: PendingSave | None = None
+        self._planned: tuple[Draft, TiePlan] | None = None
         self.store = CheckpointStore(
             self.out / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best, metric="accept_length"
         )
@@ -132,7 +142,7 @@ class RunCheckpoints:
             model=state.draft,
             optimizer=state.optimizer.adamw,
             extra=extra,
-            plan=self.make_plan(state.draft),
+            plan=self.plan_of(state),
             consolidated=self.config.save_consolidated,
             metrics=metrics,
         )
@@ -141,6 +151,12 @@ class RunCheckpoints:
         else:
             logger.info("Writing checkpoint %s in the background", name)
             self._pending = saved
+
+    def plan_of(self, state: RunState) -> TiePlan:
+        """The plan that the draft is saved by, made once: it holds a digest of the target's embedding."""
+        if self._planned is None or self._planned[0] is not state.draft:
+            self._planned = (state.draft, self.make_plan(state.draft, external=state.external, digests=True))
+        return self._planned[1]
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written in the background.
@@ -172,7 +188,16 @@ class RunCheckpoints:
         """
         folder = self.store.resolve(reference)
         logger.info("Resuming from checkpoint: %s", folder)
-        restored = self.store.load(folder, model=state.draft, optimizer=state.optimizer.adamw)
+        another_target = (
+            f"{folder} holds a draft of another target than {state.config.target.model}: the embedding or the head "
+            "differs. Give the target that the run was started with, or start a new run."
+        )
+        try:
+            restored = load_draft_(
+                self.store, folder, state.draft, external=state.external, optimizer=state.optimizer.adamw
+            )
+        except ExternalOwnerError as error:
+            raise CheckpointError(another_target) from error
         try:
             progress, rng, saved_config = (restored.extra[key] for key in ("progress", "rng", "config"))
             digests = {key: restored.extra[key] for key in ("data_digest", "target_digest")}
@@ -182,10 +207,7 @@ class RunCheckpoints:
             raise CheckpointError(f"{folder} was not written by this trainer: it has no {error}.") from error
         _check_settings(folder, saved=saved_config, now=asdict(state.config))
         if digests["target_digest"] != state.target_digest:
-            raise CheckpointError(
-                f"{folder} holds a draft of another target than {state.config.target.model}: the embedding or the head "
-                "differs. Give the target that the run was started with, or start a new run."
-            )
+            raise CheckpointError(another_target)
         if digests["data_digest"] != state.data_digest:
             raise CheckpointError(
                 f"{folder} was trained on other data than this run has (data.train, data.max_length, or the target's "
@@ -201,6 +223,51 @@ class RunCheckpoints:
                 len(rng),
                 self.ranks.world_size,
             )
+
+
+def owners_of(target: Target) -> Owners:
+    """What a plan needs to call the draft's embedding the target's; the same for a target whose states are cached."""
+    return {"target": {_EMBEDDING: target.embedding_VE}}
+
+
+def load_draft_(
+    store: CheckpointStore, folder: Path, draft: Draft, *, external: Owners, optimizer: Optimizer | None = None
+) -> Restored:
+    """Fill a draft, and perhaps its optimizer, from a checkpoint that may leave the embedding to the target.
+
+    Also from one that holds the embedding itself, in float32 whatever the target's dtype; the target must have the same
+    then. The draft goes on sharing it.
+
+    Args:
+        store: Of the run.
+        folder: The checkpoint.
+        draft: Already shares the target's embedding, if it is as wide as the target.
+        external: What `owners_of` gives.
+        optimizer: Of the draft.
+
+    Raises:
+        ExternalOwnerError: If the target has another embedding than the draft was trained with.
+        TiePolicyError: If the checkpoint is missing or damaged, or belongs to another draft.
+    """
+    try:
+        return store.load(folder, model=draft, optimizer=optimizer, external=external)
+    except (DtypeMismatchError, TieConflictError) as error:
+        # It holds the embedding; what else may be wrong with it, loading it as it was saved will tell.
+        if _EMBEDDING not in error.names:
+            raise
+    shared = draft.embed_tokens.weight
+    own = nn.Parameter(shared.detach().to(torch.float32, copy=True), requires_grad=False)
+    draft.embed_tokens.weight = own
+    try:
+        restored = store.load(folder, model=draft, optimizer=optimizer)
+    finally:
+        draft.embed_tokens.weight = shared
+    if not torch.equal(own.to(shared.dtype), shared):
+        raise ExternalOwnerError(
+            f"{_EMBEDDING} {tuple(own.shape)} of {folder} is not the target's, though it was when the run was started",
+            names=[_EMBEDDING],
+        )
+    return restored
 
 
 def target_digest(target: Target) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tiepolicy
-from eagle3.checkpoint import read_draft_config, write_draft_config
+from eagle3.checkpoint import owners_of, read_draft_config, write_draft_config
 from eagle3.embedded import write_embedded_conversations, write_embedded_target
 from eagle3.errors import ConfigError, Eagle3Error
 from eagle3.evaluate import EvaluateConfig, Evaluation, evaluate, write_evaluation
@@ -90,7 +90,8 @@ def run_demo(config: DemoConfig) -> None:
 
 def _measure_and_export(paths: _Paths) -> Table:
     trained = open_run(paths.run, checkpoint="LATEST")
-    draft_plan, target_plan = tiepolicy.plan(trained.draft), tiepolicy.plan(trained.target.model)
+    target_plan = tiepolicy.plan(trained.target.model)
+    draft_plan = tiepolicy.plan(trained.draft, external=owners_of(trained.target))
     for kind, folder in paths.exports.items():
         export(trained, folder, kind=kind)
     evaluation = _evaluate(trained, paths)
@@ -187,5 +188,6 @@ def _summary(plan: tiepolicy.TiePlan) -> str:
         for group in plan.groups
         for alias in group.aliases
     ]
+    ties += [f"{tie.name} is {tie.source} {tie.shape}: {tiepolicy.Reason.EXTERNAL_OWNER}" for tie in plan.external]
     saved = f"{len(plan.tensors)} tensors, {tiepolicy.format_bytes(plan.bytes_saved)} saved by ties"
     return "\n".join([saved, *ties, *(f"refused: {refusal}" for refusal in plan.refused)])

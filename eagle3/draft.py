@@ -277,7 +277,7 @@ class Draft(nn.Module):
         A draft of another width starts from the same rows, turned into its width by one random orthogonal matrix.
 
         Args:
-            embedding_VE: The target's embedding; copied.
+            embedding_VE: The target's embedding; copied, unless the draft shares it already.
             head_VE: The target's head; its draft rows are copied.
             draft_ids_D: int64, distinct: the target's token id of each row of the draft's head.
 
@@ -297,7 +297,8 @@ class Draft(nn.Module):
                 module.weight.fill_(1.0)
         rows_DE = head_VE[draft_ids_D.to(head_VE.device)]
         if self.config.hidden_size == self.config.target_hidden_size:
-            self.embed_tokens.weight.copy_(embedding_VE)
+            if self.embed_tokens.weight is not embedding_VE:
+                self.embed_tokens.weight.copy_(embedding_VE)
             self.lm_head.weight.copy_(rows_DE)
         else:
             like = self.fc.weight
@@ -312,12 +313,12 @@ class Draft(nn.Module):
     def share_embedding_(self, embedding_VE: nn.Parameter) -> None:
         """Makes the target's embedding the draft's: the same tensor, so a live pair holds it once.
 
-        A plan with the target as `external` then calls it the target's, and a checkpoint need not hold it. Moving or
-        casting the draft would move or cast the target's tensor, so share it last. A draft of another width keeps its
-        own: for it nothing changes.
+        A plan with the target as `external` then calls it the target's, and a checkpoint need not hold it. Moving the
+        draft elsewhere or casting it would do that to the target's tensor, too. A draft of another width keeps its own:
+        for it nothing changes.
 
         Args:
-            embedding_VE: The weight of the target's embedding, on the device of the draft.
+            embedding_VE: The weight of the target's embedding, on the device that the draft is on or goes to.
 
         Raises:
             DraftError: It has another shape than the draft's config says.

@@ -251,7 +251,11 @@ def _logit_bytes(draft: Draft, vocab_size: int, num_tokens: int, target_bytes: i
 
 
 def _checkpoint_bytes(draft: Draft, *, trainable: int, consolidated: bool) -> int:
-    kept: int = sum(tensor.numel() * tensor.element_size() for tensor in draft.state_dict().values())
+    # A frozen parameter is the target's embedding, which a checkpoint leaves to the target.
+    left_out = {name for name, parameter in draft.named_parameters() if not parameter.requires_grad}
+    kept: int = sum(
+        tensor.numel() * tensor.element_size() for name, tensor in draft.state_dict().items() if name not in left_out
+    )
     return kept * (2 if consolidated else 1) + 8 * trainable
 
 

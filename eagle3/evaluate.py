@@ -134,7 +134,7 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
     """Writes each answer four times: greedy and sampled, by the target alone and with the draft.
 
     Args:
-        trained: Its draft is cast to the target's dtype and shares the target's embedding from then on.
+        trained: Its draft is cast to the target's dtype.
         config: What to measure; its run, checkpoint and target were opened already.
 
     Raises:
@@ -142,7 +142,6 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
     """
     target, draft = trained.target, trained.draft
     draft.to(target.head_VE.dtype)
-    draft.share_embedding_(target.embedding_VE)
     data = config.data or trained.config.data.validation or trained.config.data.train
     prompts = list(_prompts(data, target, limit=config.num_prompts))
     num_drafted = config.num_drafted or trained.config.unroll.steps

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from eagle3.checkpoint import RunCheckpoints, read_draft_config, target_digest
+from eagle3.checkpoint import RunCheckpoints, load_draft_, owners_of, read_draft_config, target_digest
 from eagle3.config import RunConfig, read_run_config
 from eagle3.draft import Draft
 from eagle3.errors import TargetError
 from eagle3.parallel import Ranks
 from eagle3.target import FrozenTarget
+from tiepolicy.errors import ExternalOwnerError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,7 +22,7 @@ class TrainedDraft:
         config: The settings of its run.
         checkpoint: Folder of the checkpoint.
         epochs_completed: When it was written.
-        draft: In float32, in eval mode, with an embedding of its own.
+        draft: In float32, in eval mode. Its embedding is the target's, if it is as wide as that.
         target: In the run's dtype, on the same device.
         target_folder: Where the target was loaded from.
     """
@@ -64,14 +65,19 @@ def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> 
             f"The draft of {run} was trained for a target with an embedding of shape {sizes}, but that of "
             f"{target_folder} has {tuple(loaded.embedding_VE.shape)}. Give the target that the run was started with."
         )
-    draft = Draft(shape).to(device).eval()
-    extra = store.load(folder, model=draft).extra
+    draft = Draft(shape).eval()
+    draft.share_embedding_(loaded.embedding_VE)
+    draft.to(device)
+    another_target = (
+        f"The target {target_folder} is not the one that the draft of {run} was trained for, though its embedding has "
+        "the same shape: its embedding or its head holds other numbers. Give the target that the run was started with."
+    )
+    try:
+        extra = load_draft_(store, folder, draft, external=owners_of(loaded)).extra
+    except ExternalOwnerError as error:
+        raise TargetError(another_target) from error
     if extra["target_digest"] != target_digest(loaded):
-        raise TargetError(
-            f"The target {target_folder} is not the one that the draft of {run} was trained for, though its embedding "
-            "has the same shape: its embedding or its head holds other numbers. Give the target that the run was "
-            "started with."
-        )
+        raise TargetError(another_target)
     return TrainedDraft(
         config=config,
         checkpoint=folder,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-import tiepolicy
 from eagle3.checkpoint import (
     Progress,
     RunCheckpoints,
     RunState,
+    owners_of,
     read_draft_config,
     target_digest,
     write_draft_config,
@@ -93,6 +93,7 @@ class _Run:
             config=config,
             data_digest=data.digest,
             target_digest=target_digest(target),
+            external=owners_of(target),
         )
         self.display = Display(ranks, depth=config.unroll.steps)
         self.watch = Watch()
@@ -106,7 +107,7 @@ class _Run:
         if progress.epoch >= config.train.epochs:
             logger.info("All %d epochs already completed; nothing to do.", config.train.epochs)
             return
-        logger.info("Weights of the draft: %s", tiepolicy.plan(self.state.draft))
+        logger.info("Weights of the draft: %s", self.checkpoints.plan_of(self.state))
         self.num_steps = progress.step + self._steps_left()
         logger.info(
             "Training starts: epochs %d, batches per epoch %d, steps %d, warm-up steps %d, peak learning rate %.3g, "
@@ -214,21 +215,28 @@ class _Run:
             )
 
     def _make_draft(self) -> Draft:
-        """A new draft on the run's device, or for a resumed run one with the config it was started with."""
-        out = Path(self.config.out)
+        """A new draft on the run's device, or for a resumed run one with the config it was started with.
+
+        Its embedding is the target's, if it is as wide as that.
+        """
+        out, target = Path(self.config.out), self.target
         if self.config.checkpoint.restore_from is not None:
             # Its weights and vocabulary come from the checkpoint.
-            return Draft(read_draft_config(out)).to(self.ranks.device)
-        target = self.target
+            return self._beside_target(Draft(read_draft_config(out)))
         vocab = choose_vocab(self.inputs, self.config)
         config = draft_config(target.config, draft_vocab_size=vocab.size, options=self.config.draft)
         config.eagle_aux_hidden_state_layer_ids = list(target.layer_ids)
         torch.manual_seed(self.config.train.seed)
-        draft = Draft(config).to(self.ranks.device)
+        draft = self._beside_target(Draft(config))
         draft.init_from_target_(embedding_VE=target.embedding_VE, head_VE=target.head_VE, draft_ids_D=vocab.ids_D)
         if self.ranks.is_first:
             write_draft_config(out, config)
         return draft
+
+    def _beside_target(self, draft: Draft) -> Draft:
+        # Before the draft moves: the device never holds a second embedding, and the target's is there already.
+        draft.share_embedding_(self.target.embedding_VE)
+        return draft.to(self.ranks.device)
 
     def _make_scorer_and_optimizer(self, draft: Draft) -> tuple[Scorer, DraftOptimizer]:
         """The step by hand where it is faster and possible, else the one under autograd."""

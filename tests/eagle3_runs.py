@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tiepolicy_dcp
 from eagle3.checkpoint import read_draft_config
@@ -17,9 +19,11 @@ from eagle3.config import (
     TargetConfig,
     TrainConfig,
     UnrollConfig,
+    read_run_config,
 )
 from eagle3.draft import Draft
 from eagle3.parallel import Ranks
+from eagle3.trainer import train
 from eagle3_targets import make_target, make_world
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -44,13 +48,14 @@ def config_of(
     unroll=None,
     kind="data",
     shard_size=None,
+    dtype="float32",
     tensorboard=False,
     **checkpoint,
 ):
     """Ten conversations of 48 tokens, three steps of the unroll, and whatever a test is about."""
     return RunConfig(
         out=str(out),
-        target=TargetConfig(model=str(world[0])),
+        target=TargetConfig(model=str(world[0]), dtype=dtype),
         data=DataConfig(train=str(world[1]), validation=None if validation is None else str(validation), max_length=48),
         draft=DraftConfig(vocab_size=draft_vocab_size),
         unroll=UnrollConfig(steps=3, **(unroll or {})),
@@ -61,6 +66,13 @@ def config_of(
     )
 
 
+def train_as_before(config):
+    """As earlier versions did: the draft has a float32 copy of the embedding, and so has each checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draft, "share_embedding_", lambda *_: None)
+        train(config, ALONE)
+
+
 def metrics_of(out, name="metrics.jsonl"):
     """The lines of a run, without what depends on the machine."""
     entries = [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
@@ -69,7 +81,16 @@ def metrics_of(out, name="metrics.jsonl"):
 
 
 def weights_of(out, name):
-    """All tensors of a draft, from a checkpoint of its run."""
-    draft = Draft(read_draft_config(Path(out)))
-    tiepolicy_dcp.load(Path(out) / "checkpoints" / name, model=draft)
-    return draft.state_dict()
+    """All tensors of a draft, from a checkpoint of its run and from its target."""
+    return draft_of(out, name).state_dict()
+
+
+def draft_of(out, name):
+    """The draft of a checkpoint, beside an embedding that transformers has loaded."""
+    config, draft = read_run_config(out).target, Draft(read_draft_config(Path(out)))
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
+    embedding = model.requires_grad_(False).get_input_embeddings().weight
+    draft.share_embedding_(embedding)
+    external = {"target": {"embed_tokens.weight": embedding}}
+    tiepolicy_dcp.load(Path(out) / "checkpoints" / name, model=draft, external=external)
+    return draft

@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import tiepolicy_dcp
-from eagle3.checkpoint import read_draft_config
 from eagle3.cli import main
-from eagle3.draft import Draft
+from eagle3_runs import weights_of
 from eagle3_targets import make_target, make_world
 from torchrun import torchrun
 
@@ -48,9 +46,7 @@ def eagle3_alone(target, world, out, *options):
 
 def saved_head(out):
     """The head as a fresh draft reads it from the checkpoint."""
-    draft = Draft(read_draft_config(out))
-    tiepolicy_dcp.load(out / "checkpoints" / "epoch_1_step_2", model=draft)
-    return draft.lm_head.weight.detach()
+    return weights_of(out, "epoch_1_step_2")["lm_head.weight"]
 
 
 def lines_of(output, *patterns):
@@ -130,9 +126,7 @@ def test_a_flag_forced_back_to_true_is_refused_for_the_shapes_and_the_head_is_ke
         "epoch 2 step 4/4: loss",
         rf"Saved checkpoint to {out}/checkpoints/epoch_2_step_4\n",
     )
-    draft = Draft(read_draft_config(out))
-    tiepolicy_dcp.load(out / "checkpoints" / "epoch_1_step_2", model=draft)
-    assert torch.equal(head, draft.lm_head.weight)
-    tiepolicy_dcp.load(out / "checkpoints" / "epoch_2_step_4", model=draft)
-    assert (8192, 32) == tuple(draft.lm_head.weight.shape)
-    assert not torch.equal(head, draft.lm_head.weight)
+    assert torch.equal(head, saved_head(out))
+    trained = weights_of(out, "epoch_2_step_4")["lm_head.weight"]
+    assert (8192, 32) == tuple(trained.shape)
+    assert not torch.equal(head, trained)
