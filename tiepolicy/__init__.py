@@ -26,6 +26,7 @@ from tiepolicy._groups import TieGroup as TieGroup
 from tiepolicy._modules import named_modules as named_modules
 from tiepolicy._observe import Facts as Facts
 from tiepolicy._observe import observe as observe
+from tiepolicy._paths import MANIFEST_KEY as MANIFEST_KEY
 from tiepolicy._paths import member as member
 from tiepolicy._paths import read_json as read_json
 from tiepolicy._plan import TiePlan as TiePlan

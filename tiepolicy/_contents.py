@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
-from tiepolicy._paths import MANIFEST, METADATA, member, read_json
+from tiepolicy._paths import MANIFEST, MANIFEST_KEY, METADATA, member, read_json
 from tiepolicy._plan import TiePlan
 from tiepolicy._safetensors import Header, Stored, read_header
 from tiepolicy._unpickling import read_sharded_metadata
@@ -42,12 +42,20 @@ class Contents:
     prefix: str = ""
 
     def aliases(self) -> dict[str, tuple[str, str]]:
-        """Canonical name and reason of each name that is one with another, sorted by name."""
+        """Canonical name and reason of each name whose bytes are those of another, sorted by name."""
         found = {alias: (canonical, "recorded") for alias, canonical in self.recorded.items()}
         for group in () if self.plan is None else self.plan.groups:
             for alias in group.aliases:
-                found[self.prefix + alias.name] = (self.prefix + group.canonical, alias.reason.value)
+                name, canonical = self.prefix + alias.name, self.prefix + group.canonical
+                # A safetensors file may hold a tied name apart, or have names of its own (fused or split tensors).
+                if self.form == DCP or (name not in self.tensors and canonical in self.tensors):
+                    found[name] = (canonical, alias.reason.value)
         return dict(sorted(found.items()))
+
+    def apart(self) -> set[str]:
+        """The tied names of the manifest whose bytes are not those of another here."""
+        groups = () if self.plan is None else self.plan.groups
+        return {self.prefix + alias.name for group in groups for alias in group.aliases} - self.aliases().keys()
 
     def external(self) -> dict[str, ExternalTie]:
         """The names that the manifest gives to other models, sorted; those with a digest are not stored."""
@@ -81,7 +89,13 @@ def read_contents(path: Path) -> Contents:
     """
     if path.is_file():
         header = read_header(path)
-        return Contents(path=path, form=FILE, tensors=_sorted(header.tensors), recorded=recorded_aliases([header]))
+        return Contents(
+            path=path,
+            form=FILE,
+            tensors=_sorted(header.tensors),
+            recorded=recorded_aliases([header]),
+            plan=read_noted_plan(path, [header]),
+        )
     if not path.is_dir():
         raise CheckpointError(f"{path} is neither a file nor a folder")
     if (path / METADATA).exists():
@@ -102,7 +116,7 @@ def read_contents(path: Path) -> Contents:
         form=HF,
         tensors=_sorted(tensors),
         recorded=recorded_aliases(headers.values()),
-        plan=read_plan(path),
+        plan=read_plan(path) or read_noted_plan(path, headers.values()),
     )
 
 
@@ -193,6 +207,22 @@ def read_plan(folder: Path) -> TiePlan | None:
         return TiePlan.from_manifest(read_json(path))
     except ManifestError as error:
         raise ManifestError(f"{path}: {error}", names=error.names) from error
+
+
+def read_noted_plan(path: Path, headers: Iterable[Header]) -> TiePlan | None:
+    """The plan in the metadata of the safetensors files of a checkpoint; None if they have none.
+
+    Raises:
+        CheckpointError: If several of them have one.
+        ManifestError: If it cannot be trusted.
+    """
+    noted = [header.metadata[MANIFEST_KEY] for header in headers if MANIFEST_KEY in header.metadata]
+    if len(noted) > 1:
+        raise CheckpointError(f"{path} holds files of several saves: {len(noted)} of them have a manifest")
+    try:
+        return TiePlan.from_manifest(noted[0]) if noted else None
+    except ManifestError as error:
+        raise ManifestError(f"the metadata of {path}: {error}", names=error.names) from error
 
 
 def recorded_aliases(headers: Iterable[Header]) -> dict[str, str]:

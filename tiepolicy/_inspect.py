@@ -50,10 +50,13 @@ def _summary(contents: Contents) -> str:
     num_stored = len(contents.tensors.keys() - contents.aliases().keys())
     lines = [f"{contents.path}: {contents.form}, {count(num_stored, 'tensor')} of {format_bytes(contents.nbytes)}"]
     if contents.plan is not None:
-        saved = format_bytes(contents.plan.bytes_saved)
+        apart = contents.apart()
+        of_apart = sum(contents.plan.tensors[name.removeprefix(contents.prefix)].nbytes for name in apart)
+        saved = format_bytes(contents.plan.bytes_saved - of_apart)
         lines.append(
             f"manifest: {count(len(contents.plan.groups), 'tied group')} ({saved} saved), "
             f"{count(len(contents.plan.refused), 'claim')} refused"
+            + (f", {count(len(apart), 'tied name')} stored apart" if apart else "")
         )
         if contents.plan.external:
             owners = sorted({tie.owner for tie in contents.plan.external})

@@ -9,6 +9,8 @@ from tiepolicy.errors import CheckpointError, UntrustedCheckpointError
 
 #: Manifest of a checkpoint folder.
 MANIFEST = "manifest.json"
+#: Where the manifest lies in the metadata of a safetensors file, in folders that have no file for it.
+MANIFEST_KEY = "tiepolicy"
 #: Metadata of a folder of torch.distributed.checkpoint.
 METADATA = ".metadata"
 #: The largest JSON file or header that is read, in bytes; the limit of safetensors.

@@ -15,6 +15,7 @@ from tiepolicy._contents import (
     plain,
     read_contents,
     read_index,
+    read_noted_plan,
     read_pieces,
     read_plan,
     weight_files,
@@ -125,6 +126,8 @@ def _hf_problems(folder: Path) -> list[str]:
         }
         _collect(problems, lambda: read_contents(folder))
         problems += _manifest_problems(folder, stored, source=folder)
+    if not problems:
+        problems += _noted_problems(folder, stored, headers.values())
     return problems
 
 
@@ -258,6 +261,18 @@ def _manifest_problems(
                 f"{source} stores {name} and {plan.canonical(name)} apart, which {folder / MANIFEST} calls one tensor"
             )
     return problems
+
+
+def _noted_problems(folder: Path, stored: _Specs, headers: Iterable[Header]) -> Iterator[str]:
+    """What the manifest in the metadata of the files stores and they do not hold.
+
+    Files whose names are not those of the model (fused or split tensors) are not held against it.
+    """
+    plan = read_noted_plan(folder, headers)
+    if plan is not None and stored.keys() <= plan.tensors.keys():
+        for name, spec in plan.stored().items():
+            if name not in stored:
+                yield f"the manifest in the metadata of {folder} lists {name} {spec.shape}, which no file holds"
 
 
 def _consolidated_problems(folder: Path) -> list[str]:

@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiepolicy import member, read_header, read_json
+from tiepolicy import MANIFEST_KEY, member, read_header, read_json
 from tiepolicy.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-#: Where the plan of the stored model lies, in the metadata of its first file.
-MANIFEST_KEY = "tiepolicy"
 
 # What one save writes, and the next one replaces; all else in a folder belongs to others and stays.
 _OURS = re.compile(

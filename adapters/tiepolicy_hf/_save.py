@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import tiepolicy
-from tiepolicy import Policy, TiePlan
+from tiepolicy import MANIFEST_KEY, Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError
 from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
-from tiepolicy_hf._folder import INDEX, MANIFEST_KEY, replace_folder
+from tiepolicy_hf._folder import INDEX, replace_folder
 
 _PATTERN = "model{suffix}.safetensors"
 

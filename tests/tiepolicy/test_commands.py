@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 
 import tiepolicy
 import tiepolicy_dcp
-from models import FlaggedPair, TiedPair
+import tiepolicy_hf
+from models import FlaggedPair, TiedPair, tiny_llama
 from tiepolicy import _contents, _plugins
 from tiepolicy._cli import main
 from tiepolicy._inspect import WIDTH, printable
@@ -220,6 +221,45 @@ def test_verify_finds_a_stored_tensor_that_belongs_to_another_model(draft, folde
     (folder / "hf" / "manifest.json").write_text(json.dumps(draft.to_manifest()))
     code, text = run(capsys, "verify", "hf")
     assert (1, True) == (code, "says belongs to target:embed_tokens.weight" in text.replace("\n    ", " "))
+
+
+def test_the_manifest_of_a_hugging_face_folder_is_read_from_its_first_file(folder, capsys):
+    tiepolicy_hf.save_pretrained(tiny_llama(tie_word_embeddings=True), folder / "hf", max_shard_size=8000)
+    code, text = run(capsys, "inspect", "hf")
+    assert (0, "manifest: 1 tied group (6.14 kB saved), 0 claims refused") == (code, text.splitlines()[1])
+    groups = json.loads(run(capsys, "inspect", "--json", "hf")[1])["groups"]
+    aliases = [{"name": "lm_head.weight", "reason": "same-object"}]
+    assert [{"canonical": "model.embed_tokens.weight", "aliases": aliases}] == groups
+    assert 0 == run(capsys, "verify", "hf")[0]
+
+
+def test_a_tied_name_that_a_file_holds_apart_is_shown_as_stored(folder, capsys):
+    manifest = json.dumps(tiepolicy.plan(TiedPair()).to_manifest())
+    apart = {EMBED: torch.zeros(12, 4), HEAD: torch.zeros(12, 4)}
+    save_file(apart, folder / "apart.safetensors", metadata={"tiepolicy": manifest})
+    expected = """\
+apart.safetensors: safetensors file, 2 tensors of 384 B
+manifest: 1 tied group (0 B saved), 0 claims refused, 1 tied name stored apart
+
+name                 shape    dtype    size   stored in
+embed_tokens.weight  (12, 4)  float32  192 B  apart.safetensors
+lm_head.weight       (12, 4)  float32  192 B  apart.safetensors
+"""
+    assert (0, expected) == run(capsys, "inspect", "apart.safetensors")
+
+
+def test_verify_finds_a_tensor_that_the_manifest_of_a_hugging_face_folder_stores_and_no_file_holds(folder, capsys):
+    model = tiny_llama(tie_word_embeddings=True)
+    file = tiepolicy_hf.save_pretrained(model, folder / "hf") / "model.safetensors"
+    assert 0 == run(capsys, "verify", "hf")[0]
+    tensors, metadata = load_file(file), dict(tiepolicy.read_header(file).metadata)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata=metadata)
+    code, text = run(capsys, "verify", "hf")
+    assert (1, True) == (code, "lists model.norm.weight (16,), which no file holds" in " ".join(text.split()))
+    save_file(tensors, file, metadata={"tiepolicy": "{"})
+    code, text = run(capsys, "verify", "hf")
+    assert (1, True) == (code, "the metadata of hf" in text)
 
 
 def test_verify_exits_with_one_where_there_is_damage(folder, capsys):
