@@ -93,10 +93,14 @@ def observe(source: nn.Module | Mapping[str, torch.Tensor]) -> Facts:
     Reads no tensor data and synchronises no device.
 
     Raises:
-        ObservationError: If a name is no string, a value no tensor or not initialised, two different tensors get one
-            name once the prefixes of wrappers are removed, or a module contains itself.
+        ObservationError: If the source is neither, a name is no string, a value no tensor or not initialised, two
+            different tensors get one name once the prefixes of wrappers are removed, or a module contains itself.
     """
     if not isinstance(source, nn.Module):
+        if not isinstance(source, Mapping):
+            raise ObservationError(
+                f"a {type(source).__name__} has no names of tensors; plan a module, or a mapping of names to tensors"
+            )
         return Facts(_checked(source))
     tensors: dict[str, torch.Tensor] = {}
     buffers: set[str] = set()

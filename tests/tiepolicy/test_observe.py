@@ -129,3 +129,10 @@ def test_leaving_out_what_still_is_one_tensor_reads_no_data():
 def test_a_mapping_with_anything_else_is_refused(mapping, message):
     with pytest.raises(ObservationError, match=message):
         tiepolicy.plan(mapping)
+
+
+@pytest.mark.parametrize("source", [None, [torch.zeros(1)], torch.zeros(1), "model.safetensors"])
+def test_what_is_neither_a_module_nor_a_mapping_is_refused(source):
+    message = f"a {type(source).__name__} has no names of tensors; plan a module, or a mapping of names to tensors"
+    with pytest.raises(ObservationError, match=f"^{message}$"):
+        tiepolicy.plan(source)
