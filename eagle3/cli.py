@@ -1,4 +1,4 @@
-"""Step 42: the command line."""
+"""Step 43: the command line."""
 
 import difflib
 import itertools

@@ -1,4 +1,4 @@
-"""Step 41: what a run will take, from its settings and the target's config alone: nothing is loaded.
+"""Step 42: what a run will take, from its settings and the target's config alone: nothing is loaded.
 
 Memory follows from formulas, so it is an estimate: what a library keeps for itself is left out, and every token counts
 as supervised, which few are.

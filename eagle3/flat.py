@@ -1,5 +1,6 @@
-"""Step 21: the trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass."""
+"""Step 22: the trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,37 @@ from eagle3.kernels.optimizer import adamw_
 
 #: Each weight starts at a multiple of this many elements, so that vector loads stay aligned in any dtype.
 _ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftWeights:
+    """The weights of a draft, or their gradients, as the step by hand uses them: views of one flat buffer.
+
+    Attributes:
+        fc_HA: Fuses the captured states.
+        token_WH: The half of queries, keys and values, stacked, that reads a token's embedding.
+        state_WH: The half that reads a state.
+        o_HX: The output projection of attention, X = Q * d.
+        gate_up_2IH: Gate and up projections of the MLP, stacked.
+        down_HI: Its down projection.
+        head_DH: The head.
+        input_norm_H: Norm of the embeddings.
+        hidden_norm_H: Norm of the states that enter a step.
+        post_norm_H: Norm behind attention.
+        final_norm_H: Norm before the head.
+    """
+
+    fc_HA: Tensor
+    token_WH: Tensor
+    state_WH: Tensor
+    o_HX: Tensor
+    gate_up_2IH: Tensor
+    down_HI: Tensor
+    head_DH: Tensor
+    input_norm_H: Tensor
+    hidden_norm_H: Tensor
+    post_norm_H: Tensor
+    final_norm_H: Tensor
 
 
 class FlatWeights:
@@ -52,6 +84,7 @@ class FlatWeights:
             view = self.view(self.master, name)
             view.copy_(parameter.detach())
             parameter.data = view
+        self.copies, self.grads = self._views(self.copy), self._views(self.grad)
         self._sum: Tensor | None = None
         self.summed_grad = self.grad
         self.refresh_()
@@ -106,13 +139,30 @@ class FlatWeights:
         parameter, place = self.parameters[name], self._places[name]
         return buffer[place : place + parameter.numel()].view(parameter.shape)
 
-    def fused(self, buffer: Tensor, name: str) -> Tensor:
+    def _fused(self, buffer: Tensor, name: str) -> Tensor:
         """The part of a buffer that holds the weights of a fused product, stacked: (rows of all, columns)."""
         names = dict(self._FUSED)[name]
         start = self._places[names[0]]
         num_rows = sum(self.parameters[part].shape[0] for part in names)
         num_columns = self.parameters[names[0]].shape[1]
         return buffer[start : start + num_rows * num_columns].view(num_rows, num_columns)
+
+    def _views(self, buffer: Tensor) -> DraftWeights:
+        qkv_W2H = self._fused(buffer, "qkv")
+        width = qkv_W2H.shape[1] // 2
+        return DraftWeights(
+            fc_HA=self.view(buffer, "fc.weight"),
+            token_WH=qkv_W2H[:, :width],
+            state_WH=qkv_W2H[:, width:],
+            o_HX=self.view(buffer, "midlayer.self_attn.o_proj.weight"),
+            gate_up_2IH=self._fused(buffer, "gate_up"),
+            down_HI=self.view(buffer, "midlayer.mlp.down_proj.weight"),
+            head_DH=self.view(buffer, "lm_head.weight"),
+            input_norm_H=self.view(buffer, "midlayer.input_layernorm.weight"),
+            hidden_norm_H=self.view(buffer, "midlayer.hidden_norm.weight"),
+            post_norm_H=self.view(buffer, "midlayer.post_attention_layernorm.weight"),
+            final_norm_H=self.view(buffer, "norm.weight"),
+        )
 
 
 class FlatAdamW(torch.optim.Optimizer):

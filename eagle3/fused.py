@@ -1,18 +1,17 @@
-"""Step 23: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
+"""Step 25: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
 
 The same numbers as `TrainingTimeTest` under autograd, to rounding, in about half the time on a GPU: the half of
 queries, keys and values that depends on the token alone is computed once per token; each weight's gradient is one
 product over all steps; attention over all rows is the library's kernel, into which a row's own later keys are merged.
 
 Shape suffixes: L = BT tokens of the batch, N rows that carry loss, S steps, P pairs, M teacher rows, H draft hidden,
-A captured states, I intermediate, W projected width, Q query heads, K key and value heads, d head dimension, D draft
-vocabulary.
+A captured states, I intermediate, W projected width, X = Q * d, Q query heads, K key and value heads, d head dimension,
+D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch.nn import functional
 
 from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
-from eagle3.kernels.causal import CausalResult, causal_attention, causal_attention_backward
+from eagle3.kernels.causal import causal_attention, causal_attention_backward
 from eagle3.kernels.heads import Angles, HeadLayout, place_keys_values, place_queries, sum_by_token, unrotate_
 from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
@@ -28,6 +27,7 @@ from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
 from eagle3.kernels.swiglu import swiglu, swiglu_backward_
 from eagle3.loss import StepCounts
 from eagle3.pairs import PairPlan
+from eagle3.tape import NormGradients, Tape, TapeGradients
 from eagle3.teacher import Teacher
 from eagle3.unroll import UnrollResult
 
@@ -61,6 +61,7 @@ class FusedStep:
         self._layout = HeadLayout(
             num_queries=config.num_attention_heads, num_keys=config.num_key_value_heads, head_dim=config.head_dim
         )
+        self._num_q = self._layout.num_queries * self._layout.head_dim
         precise = torch.promote_types(torch.float32, weights.copy.dtype)
         weight_S = decay ** torch.arange(num_steps, dtype=precise, device=weights.copy.device)
         # One more, for pairs that only fill up a fixed shape.
@@ -100,12 +101,6 @@ class FusedStep:
                 self._backward(plan, tape, aux_LA)
         return result
 
-    def _w(self, name: str) -> Tensor:
-        return self._weights.view(self._weights.copy, name)
-
-    def _grad(self, name: str) -> Tensor:
-        return self._weights.view(self._weights.grad, name)
-
     def _angles_up_to(self, num_positions: int) -> Angles:
         if self._angles is None or len(self._angles.cos) < num_positions:
             positions = torch.arange(num_positions, device=self._weights.copy.device)
@@ -113,99 +108,93 @@ class FusedStep:
             self._angles = Angles(cos=cos, sin=sin)
         return self._angles
 
-    def _unroll(self, plan: PairPlan, input_ids_L: Tensor, aux_LA: Tensor) -> _Tape:
+    def _unroll(self, plan: PairPlan, input_ids_L: Tensor, aux_LA: Tensor) -> Tape:
         """Runs all steps and keeps what their gradients need."""
-        layout, eps, num_steps = self._layout, self._eps, self._num_steps
-        tape = _Tape.allocate(plan, num_steps, self._w("midlayer.mlp.down_proj.weight"), layout)
-        angles = self._angles_up_to(len(plan.position_L) + num_steps)
-        qkv_W2H = self._weights.fused(self._weights.copy, "qkv")
-        width = qkv_W2H.shape[1] // 2
-        token_half, state_half = qkv_W2H[:, :width], qkv_W2H[:, width:]
-        num_q = layout.num_queries * layout.head_dim
-        norms = {
-            "hidden": self._w("midlayer.hidden_norm.weight"),
-            "post": self._w("midlayer.post_attention_layernorm.weight"),
-            "final": self._w("norm.weight"),
-        }
-        embedding_VH = self._draft.embed_tokens.weight
-        tape.embedded_LH = embedding_VH.index_select(0, input_ids_L).to(aux_LA.dtype)
-        _, tape.tokens_LH = add_rms_norm(tape.embedded_LH, None, self._w("midlayer.input_layernorm.weight"), eps=eps)
-        token_LW = tape.tokens_LH @ token_half.T
-        tape.first_LH = aux_LA @ self._w("fc.weight").T
-        _, tape.first_normed_LH = add_rms_norm(tape.first_LH, None, norms["hidden"], eps=eps)
+        w = self._weights.copies
+        tape = Tape.allocate(plan, self._num_steps, w.down_HI, self._layout)
+        tape.embedded_LH = self._draft.embed_tokens.weight.index_select(0, input_ids_L).to(aux_LA.dtype)
+        _, tape.tokens_LH = add_rms_norm(tape.embedded_LH, None, w.input_norm_H, eps=self._eps)
+        token_LW = tape.tokens_LH @ w.token_WH.T
+        tape.first_LH = aux_LA @ w.fc_HA.T
+        _, tape.first_normed_LH = add_rms_norm(tape.first_LH, None, w.hidden_norm_H, eps=self._eps)
         place_keys_values(
-            tape.first_normed_LH @ state_half[num_q:].T,
+            tape.first_normed_LH @ w.state_WH[self._num_q :].T,
             token_LW,
             *(tape.k0_LKd, tape.v0_LKd),
             token_M=plan.next_L,
             position_M=plan.position_L,
-            angles=angles,
-            layout=layout,
+            angles=self._angles_up_to(len(plan.position_L) + self._num_steps),
+            layout=self._layout,
         )
-        state_NH = tape.first_LH.index_select(0, plan.row_N)
         torch.index_select(tape.first_normed_LH, 0, plan.row_N, out=tape.normed_SNH[0])
-        for step in range(num_steps):
-            position_N = plan.position_N + step
-            half = state_half[:num_q] if step == 0 else state_half
-            projected_NW = tape.normed_SNH[step] @ half.T
-            place_queries(
-                projected_NW,
-                token_LW,
-                tape.q_SLQd[step],
-                token_M=plan.token_SN[step],
-                position_M=position_N,
-                row_M=plan.row_N,
-                angles=angles,
-                layout=layout,
-            )
-            if step > 0:
-                place_keys_values(
-                    projected_NW,
-                    token_LW,
-                    *(tape.own_k_JNKd[step - 1], tape.own_v_JNKd[step - 1]),
-                    token_M=plan.token_SN[step],
-                    position_M=position_N,
-                    angles=angles,
-                    layout=layout,
-                )
-            attended = causal_attention(
-                *(tape.q_SLQd[step], tape.k0_LKd, tape.v0_LKd, plan.segments),
-                scale=self._scale,
-                deterministic=self._deterministic,
-            )
-            merge_same_row_(
-                *(tape.q_SLQd[step], attended.out_LQd, attended.lse_BQT),
-                k_JNKd=tape.own_k_JNKd[:step],
-                v_JNKd=tape.own_v_JNKd[:step],
-                row_N=plan.row_N,
-                scale=self._scale,
-                gathered_NQd=tape.attended_SNQd[step],
-            )
-            tape.attention.append(attended)
-            added_NH = tape.attended_SNQd[step].flatten(1) @ self._w("midlayer.self_attn.o_proj.weight").T
-            middle_NH, _ = add_rms_norm(state_NH, added_NH, norms["post"], eps=eps, out_MH=tape.post_SNH[step])
-            torch.mm(tape.post_SNH[step], self._gate_up().T, out=tape.gate_up_SN2I[step])
-            swiglu(tape.gate_up_SN2I[step], out_MI=tape.active_SNI[step])
-            added_NH = tape.active_SNI[step] @ self._w("midlayer.mlp.down_proj.weight").T
-            # The states of the last step have no next step to be normed for; that norm goes nowhere.
-            state_NH, _ = add_rms_norm(
-                middle_NH,
-                added_NH,
-                norms["hidden"],
-                eps=eps,
-                second=SecondNorm(weight_H=norms["final"], out_RH=tape.normed_PH, index_M=plan.pair_SN[step]),
-                out_MH=tape.normed_SNH[step + 1] if step + 1 < num_steps else None,
-            )
-            tape.middle_NH.append(middle_NH)
-            tape.state_NH.append(state_NH)
+        state_NH = tape.first_LH.index_select(0, plan.row_N)
+        for step in range(self._num_steps):
+            self._project(plan, tape, token_LW, step)
+            self._attend(plan, tape, step)
+            state_NH = self._finish(plan, tape, state_NH, step)
         return tape
 
-    def _gate_up(self) -> Tensor:
-        return self._weights.fused(self._weights.copy, "gate_up")
+    def _project(self, plan: PairPlan, tape: Tape, token_LW: Tensor, step: int) -> None:
+        """Queries of a step, and but for the first the keys and values that its rows alone will see."""
+        state_WH = self._weights.copies.state_WH
+        projected_NW = tape.normed_SNH[step] @ (state_WH if step else state_WH[: self._num_q]).T
+        token_N, position_N, angles = plan.token_SN[step], plan.position_N + step, self._angles_up_to(0)
+        place_queries(
+            *(projected_NW, token_LW, tape.q_SLQd[step]),
+            token_M=token_N,
+            position_M=position_N,
+            row_M=plan.row_N,
+            angles=angles,
+            layout=self._layout,
+        )
+        if step:
+            place_keys_values(
+                *(projected_NW, token_LW, tape.own_k_JNKd[step - 1], tape.own_v_JNKd[step - 1]),
+                token_M=token_N,
+                position_M=position_N,
+                angles=angles,
+                layout=self._layout,
+            )
+
+    def _attend(self, plan: PairPlan, tape: Tape, step: int) -> None:
+        """Attention over the keys of step 0, with the rows' own keys merged into it."""
+        attended = causal_attention(
+            *(tape.q_SLQd[step], tape.k0_LKd, tape.v0_LKd, plan.segments),
+            scale=self._scale,
+            deterministic=self._deterministic,
+        )
+        merge_same_row_(
+            *(tape.q_SLQd[step], attended.out_LQd, attended.lse_BQT),
+            k_JNKd=tape.own_k_JNKd[:step],
+            v_JNKd=tape.own_v_JNKd[:step],
+            row_N=plan.row_N,
+            scale=self._scale,
+            gathered_NQd=tape.attended_SNQd[step],
+        )
+        tape.attention.append(attended)
+
+    def _finish(self, plan: PairPlan, tape: Tape, state_NH: Tensor, step: int) -> Tensor:
+        """Output projection and MLP; the states of the next step, normed for it and for the head."""
+        w, eps = self._weights.copies, self._eps
+        added_NH = tape.attended_SNQd[step].flatten(1) @ w.o_HX.T
+        middle_NH, _ = add_rms_norm(state_NH, added_NH, w.post_norm_H, eps=eps, out_MH=tape.post_SNH[step])
+        torch.mm(tape.post_SNH[step], w.gate_up_2IH.T, out=tape.gate_up_SN2I[step])
+        swiglu(tape.gate_up_SN2I[step], out_MI=tape.active_SNI[step])
+        # The states of the last step have no next step to be normed for; that norm goes nowhere.
+        is_last = step + 1 == self._num_steps
+        state_NH, _ = add_rms_norm(
+            *(middle_NH, tape.active_SNI[step] @ w.down_HI.T, w.hidden_norm_H),
+            eps=eps,
+            second=SecondNorm(weight_H=w.final_norm_H, out_RH=tape.normed_PH, index_M=plan.pair_SN[step]),
+            out_MH=None if is_last else tape.normed_SNH[step + 1],
+        )
+        tape.middle_NH.append(middle_NH)
+        tape.state_NH.append(state_NH)
+        return state_NH
 
     def _score(self, plan: PairPlan, normed_PH: Tensor, teacher: Teacher, *, with_gradients: bool) -> UnrollResult:
         """Scores all pairs chunk by chunk; the gradient of `normed_PH` replaces it."""
-        head_DH, grad_head_DH = self._w("lm_head.weight"), self._grad("lm_head.weight")
+        head_DH, grad_head_DH = self._weights.copies.head_DH, self._weights.grads.head_DH
         if self._target_ids_D is None:
             self._target_ids_D = self._draft.target_ids()
         weight_P = self._weight_S[plan.step_P] * teacher.in_vocab_M[plan.teacher_P]
@@ -240,55 +229,17 @@ class FusedStep:
         counts = StepCounts.count(plan.supervised_SN.bool(), hit_P[plan.pair_SN])
         return UnrollResult(loss_sum=loss_P.sum(), weight_sum=weight_P.sum(), counts=counts)
 
-    def _backward(self, plan: PairPlan, tape: _Tape, aux_LA: Tensor) -> None:
+    def _backward(self, plan: PairPlan, tape: Tape, aux_LA: Tensor) -> None:
         """Writes every gradient but the head's."""
-        layout, eps = self._layout, self._eps
-        angles = self._angles_up_to(0)
-        qkv_W2H, grad_qkv_W2H = (self._weights.fused(b, "qkv") for b in (self._weights.copy, self._weights.grad))
-        width = qkv_W2H.shape[1] // 2
-        state_half = qkv_W2H[:, width:]
-        num_q = layout.num_queries * layout.head_dim
-        hidden, post = self._w("midlayer.hidden_norm.weight"), self._w("midlayer.post_attention_layernorm.weight")
-        final, o_proj = self._w("norm.weight"), self._w("midlayer.self_attn.o_proj.weight")
-        grads = _NormGradients()
-        back = _Back.allocate(tape)
+        w, g = self._weights.copies, self._weights.grads
+        norms, back = NormGradients(), TapeGradients.allocate(tape)
         grad_normed_NH: Tensor | None = None
         grad_state_NH: Tensor | None = None
         for step in reversed(range(self._num_steps)):
-            second = SecondNorm(weight_H=final, out_RH=tape.normed_PH, index_M=plan.pair_SN[step])
-            _, grad_hidden_H, grad_final_H = rms_norm_backward(
-                *(tape.state_NH.pop(), grad_normed_NH, hidden),
-                eps=eps,
-                grad_sum_MH=grad_state_NH,
-                second=second,
-                out_MH=back.state_SNH[step],
-            )
-            grads.add("hidden", grad_hidden_H)
-            grads.add("final", grad_final_H)
-            grad_active_NI = back.state_SNH[step] @ self._w("midlayer.mlp.down_proj.weight")
-            swiglu_backward_(tape.gate_up_SN2I[step], grad_active_NI)
-            _, grad_post_H, _ = rms_norm_backward(
-                *(tape.middle_NH.pop(), tape.gate_up_SN2I[step] @ self._gate_up(), post),
-                eps=eps,
-                grad_sum_MH=back.state_SNH[step],
-                out_MH=back.middle_SNH[step],
-            )
-            grads.add("post", grad_post_H)
-            grad_attended_NQd = (back.middle_SNH[step] @ o_proj).unflatten(1, (-1, layout.head_dim))
-            self._attention_backward(plan, tape, back, grad_attended_NQd, step)
-            unrotate_(
-                back.projected_SNW[step],
-                queries_MQd=back.q_NQd,
-                keys_MKd=back.own_k_JNKd[step - 1] if step else None,
-                values_MKd=back.own_v_JNKd[step - 1] if step else None,
-                position_M=plan.position_N + step,
-                angles=angles,
-                layout=layout,
-            )
-            if step:
-                grad_normed_NH = back.projected_SNW[step] @ state_half
-            else:
-                grad_normed_NH = back.projected_SNW[0, :, :num_q] @ state_half[:num_q]
+            self._finish_backward(plan, tape, back, norms, grad_normed_NH, grad_state_NH, step)
+            grad_attended_NQd = (back.middle_SNH[step] @ w.o_HX).unflatten(1, (-1, self._layout.head_dim))
+            self._attend_backward(plan, tape, back, grad_attended_NQd, step)
+            grad_normed_NH = self._project_backward(plan, back, step)
             grad_state_NH = back.middle_SNH[step]
         assert grad_normed_NH is not None
         assert grad_state_NH is not None
@@ -298,28 +249,55 @@ class FusedStep:
             keys_MKd=back.k0_LKd,
             values_MKd=back.v0_LKd,
             position_M=plan.position_L,
-            angles=angles,
-            layout=layout,
+            angles=self._angles_up_to(0),
+            layout=self._layout,
         )
         grad_first_LH, grad_hidden_H, _ = rms_norm_backward(
-            *(tape.first_LH, back.first_LU @ state_half[num_q:], hidden),
-            eps=eps,
+            *(tape.first_LH, back.first_LU @ w.state_WH[self._num_q :], w.hidden_norm_H),
+            eps=self._eps,
             rows=RowGradients(normed_RH=grad_normed_NH, sum_RH=grad_state_NH, index_M=plan.row_of_token_L),
         )
-        grads.add("hidden", grad_hidden_H)
-        torch.mm(grad_first_LH.T, aux_LA, out=self._grad("fc.weight"))
-        self._token_half_backward(plan, tape, back, grads)
-        self._weight_gradients(tape, back, grad_qkv_W2H[:, width:], num_q)
-        for name, kind in (
-            ("norm", "final"),
-            ("midlayer.hidden_norm", "hidden"),
-            ("midlayer.input_layernorm", "input"),
-            ("midlayer.post_attention_layernorm", "post"),
-        ):
-            self._grad(f"{name}.weight").copy_(grads.of(kind))
+        norms.add("hidden", grad_hidden_H)
+        torch.mm(grad_first_LH.T, aux_LA, out=g.fc_HA)
+        self._token_half_backward(plan, tape, back, norms)
+        self._weight_gradients(tape, back)
+        g.input_norm_H.copy_(norms.of("input"))
+        g.hidden_norm_H.copy_(norms.of("hidden"))
+        g.post_norm_H.copy_(norms.of("post"))
+        g.final_norm_H.copy_(norms.of("final"))
 
-    def _attention_backward(
-        self, plan: PairPlan, tape: _Tape, back: _Back, grad_attended_NQd: Tensor, step: int
+    def _finish_backward(
+        self,
+        plan: PairPlan,
+        tape: Tape,
+        back: TapeGradients,
+        norms: NormGradients,
+        grad_normed_NH: Tensor | None,
+        grad_state_NH: Tensor | None,
+        step: int,
+    ) -> None:
+        """From the states that a step hands on to those between its attention and its MLP."""
+        w, eps = self._weights.copies, self._eps
+        _, grad_hidden_H, grad_final_H = rms_norm_backward(
+            *(tape.state_NH.pop(), grad_normed_NH, w.hidden_norm_H),
+            eps=eps,
+            grad_sum_MH=grad_state_NH,
+            second=SecondNorm(weight_H=w.final_norm_H, out_RH=tape.normed_PH, index_M=plan.pair_SN[step]),
+            out_MH=back.state_SNH[step],
+        )
+        norms.add("hidden", grad_hidden_H)
+        norms.add("final", grad_final_H)
+        swiglu_backward_(tape.gate_up_SN2I[step], back.state_SNH[step] @ w.down_HI)
+        _, grad_post_H, _ = rms_norm_backward(
+            *(tape.middle_NH.pop(), tape.gate_up_SN2I[step] @ w.gate_up_2IH, w.post_norm_H),
+            eps=eps,
+            grad_sum_MH=back.state_SNH[step],
+            out_MH=back.middle_SNH[step],
+        )
+        norms.add("post", grad_post_H)
+
+    def _attend_backward(
+        self, plan: PairPlan, tape: Tape, back: TapeGradients, grad_attended_NQd: Tensor, step: int
     ) -> None:
         # Rows that are not among the plan's stay zero over all steps; those that are get written in each.
         back.attended_LQd.index_copy_(0, plan.row_N.long(), grad_attended_NQd)
@@ -343,134 +321,42 @@ class FusedStep:
             grad_q_NQd=back.q_NQd,
         )
 
-    def _token_half_backward(self, plan: PairPlan, tape: _Tape, back: _Back, grads: _NormGradients) -> None:
+    def _project_backward(self, plan: PairPlan, back: TapeGradients, step: int) -> Tensor:
+        """From queries, keys and values to the normed states that they were projected from."""
+        unrotate_(
+            back.projected_SNW[step],
+            queries_MQd=back.q_NQd,
+            keys_MKd=back.own_k_JNKd[step - 1] if step else None,
+            values_MKd=back.own_v_JNKd[step - 1] if step else None,
+            position_M=plan.position_N + step,
+            angles=self._angles_up_to(0),
+            layout=self._layout,
+        )
+        state_WH = self._weights.copies.state_WH
+        if step:
+            return back.projected_SNW[step] @ state_WH
+        return back.projected_SNW[0, :, : self._num_q] @ state_WH[: self._num_q]
+
+    def _token_half_backward(self, plan: PairPlan, tape: Tape, back: TapeGradients, norms: NormGradients) -> None:
         """Gradients of the token's half of queries, keys and values, and of the norm of the embeddings."""
-        qkv_W2H, grad_qkv_W2H = (self._weights.fused(b, "qkv") for b in (self._weights.copy, self._weights.grad))
-        width = qkv_W2H.shape[1] // 2
+        w = self._weights.copies
         grad_token_LW = sum_by_token(
             back.projected_SNW, back.first_LU, row_of_token_L=plan.row_of_token_L, time_L=plan.position_L
         )
-        torch.mm(grad_token_LW.T, tape.tokens_LH, out=grad_qkv_W2H[:, :width])
+        torch.mm(grad_token_LW.T, tape.tokens_LH, out=self._weights.grads.token_WH)
         _, grad_input_H, _ = rms_norm_backward(
-            *(tape.embedded_LH, grad_token_LW @ qkv_W2H[:, :width], self._w("midlayer.input_layernorm.weight")),
-            eps=self._eps,
+            tape.embedded_LH, grad_token_LW @ w.token_WH, w.input_norm_H, eps=self._eps
         )
-        grads.add("input", grad_input_H)
+        norms.add("input", grad_input_H)
 
-    def _weight_gradients(self, tape: _Tape, back: _Back, grad_state_half: Tensor, num_q: int) -> None:
+    def _weight_gradients(self, tape: Tape, back: TapeGradients) -> None:
         """One product over all steps for each weight."""
+        g, num_q = self._weights.grads, self._num_q
         projected_XW, normed_XH = back.projected_SNW.flatten(0, 1), tape.normed_SNH.flatten(0, 1)
-        torch.mm(projected_XW[:, :num_q].T, normed_XH, out=grad_state_half[:num_q])
-        torch.mm(back.first_LU.T, tape.first_normed_LH, out=grad_state_half[num_q:])
+        torch.mm(projected_XW[:, :num_q].T, normed_XH, out=g.state_WH[:num_q])
+        torch.mm(back.first_LU.T, tape.first_normed_LH, out=g.state_WH[num_q:])
         later_XW, later_XH = back.projected_SNW[1:].flatten(0, 1), tape.normed_SNH[1:].flatten(0, 1)
-        grad_state_half[num_q:].addmm_(later_XW[:, num_q:].T, later_XH)
-        grad_gate_up = self._weights.fused(self._weights.grad, "gate_up")
-        torch.mm(tape.gate_up_SN2I.flatten(0, 1).T, tape.post_SNH.flatten(0, 1), out=grad_gate_up)
-        for name, grad_SNX, input_SNX in (
-            ("midlayer.mlp.down_proj.weight", back.state_SNH, tape.active_SNI),
-            ("midlayer.self_attn.o_proj.weight", back.middle_SNH, tape.attended_SNQd.flatten(2)),
-        ):
-            torch.mm(grad_SNX.flatten(0, 1).T, input_SNX.flatten(0, 1), out=self._grad(name))
-
-
-class _NormGradients:
-    """Gradients of the norms' weights, added up in float32 or better."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, kind: str, grad_H: Tensor | None) -> None:
-        assert grad_H is not None
-        self._sums[kind] = self._sums[kind] + grad_H if kind in self._sums else grad_H
-
-    def of(self, kind: str) -> Tensor:
-        return self._sums[kind]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Tape:
-    """What the forward pass keeps. Steps are stacked where one product over all of them makes a weight's gradient."""
-
-    embedded_LH: Tensor
-    tokens_LH: Tensor
-    first_LH: Tensor
-    first_normed_LH: Tensor
-    k0_LKd: Tensor
-    v0_LKd: Tensor
-    q_SLQd: Tensor
-    own_k_JNKd: Tensor
-    own_v_JNKd: Tensor
-    attended_SNQd: Tensor
-    normed_SNH: Tensor
-    post_SNH: Tensor
-    gate_up_SN2I: Tensor
-    active_SNI: Tensor
-    normed_PH: Tensor
-    attention: list[CausalResult]
-    middle_NH: list[Tensor]
-    state_NH: list[Tensor]
-
-    @classmethod
-    def allocate(cls, plan: PairPlan, num_steps: int, down_HI: Tensor, layout: HeadLayout) -> _Tape:
-        hidden, intermediate = down_HI.shape
-        num_all, num_rows, num_pairs = len(plan.position_L), len(plan.row_N), len(plan.step_P)
-        q_heads, kv_heads = (layout.num_queries, layout.head_dim), (layout.num_keys, layout.head_dim)
-        new = down_HI.new_empty
-        none = new(0)
-        return cls(
-            embedded_LH=none,
-            tokens_LH=none,
-            first_LH=none,
-            first_normed_LH=none,
-            k0_LKd=new((num_all, *kv_heads)),
-            v0_LKd=new((num_all, *kv_heads)),
-            # Queries of rows without loss must be numbers: times a zero gradient they reach every key.
-            q_SLQd=down_HI.new_zeros((num_steps, num_all, *q_heads)),
-            own_k_JNKd=new((num_steps - 1, num_rows, *kv_heads)),
-            own_v_JNKd=new((num_steps - 1, num_rows, *kv_heads)),
-            attended_SNQd=new((num_steps, num_rows, *q_heads)),
-            normed_SNH=new((num_steps, num_rows, hidden)),
-            post_SNH=new((num_steps, num_rows, hidden)),
-            gate_up_SN2I=new((num_steps, num_rows, 2 * intermediate)),
-            active_SNI=new((num_steps, num_rows, intermediate)),
-            # Pairs without a row must be numbers, too.
-            normed_PH=down_HI.new_zeros((num_pairs, hidden)),
-            attention=[],
-            middle_NH=[],
-            state_NH=[],
-        )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Back:
-    """Gradients on their way back, laid out as in `_Tape`; those of keys and values add up over steps in float32."""
-
-    state_SNH: Tensor
-    middle_SNH: Tensor
-    projected_SNW: Tensor
-    attended_LQd: Tensor
-    q_NQd: Tensor
-    k0_LKd: Tensor
-    v0_LKd: Tensor
-    own_k_JNKd: Tensor
-    own_v_JNKd: Tensor
-    first_LU: Tensor
-
-    @classmethod
-    def allocate(cls, tape: _Tape) -> _Back:
-        num_steps, num_rows, num_queries, head_dim = tape.attended_SNQd.shape
-        num_all, num_keys, _ = tape.k0_LKd.shape
-        precise = torch.promote_types(torch.float32, tape.k0_LKd.dtype)
-        width = (num_queries + 2 * num_keys) * head_dim
-        return cls(
-            state_SNH=torch.empty_like(tape.post_SNH),
-            middle_SNH=torch.empty_like(tape.post_SNH),
-            projected_SNW=tape.post_SNH.new_empty((num_steps, num_rows, width)),
-            attended_LQd=torch.zeros_like(tape.q_SLQd[0]),
-            q_NQd=torch.empty_like(tape.attended_SNQd[0]),
-            k0_LKd=torch.zeros_like(tape.k0_LKd, dtype=precise),
-            v0_LKd=torch.zeros_like(tape.v0_LKd, dtype=precise),
-            own_k_JNKd=torch.zeros_like(tape.own_k_JNKd, dtype=precise),
-            own_v_JNKd=torch.zeros_like(tape.own_v_JNKd, dtype=precise),
-            first_LU=tape.post_SNH.new_empty((num_all, 2 * num_keys * head_dim)),
-        )
+        g.state_WH[num_q:].addmm_(later_XW[:, num_q:].T, later_XH)
+        torch.mm(tape.gate_up_SN2I.flatten(0, 1).T, tape.post_SNH.flatten(0, 1), out=g.gate_up_2IH)
+        torch.mm(back.state_SNH.flatten(0, 1).T, tape.active_SNI.flatten(0, 1), out=g.down_HI)
+        torch.mm(back.middle_SNH.flatten(0, 1).T, tape.attended_SNQd.flatten(2).flatten(0, 1), out=g.o_HX)

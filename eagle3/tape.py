@@ -1,0 +1,123 @@
+"""Step 24: what the fused step keeps on its way forward, and the gradients on its way back.
+
+Shape suffixes: L = BT tokens of the batch, N rows that carry loss, S steps, J = S - 1 later steps, P pairs, H draft
+hidden, I intermediate, W projected width, U = 2K * d, Q query heads, K key and value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eagle3.kernels.causal import CausalResult
+from eagle3.kernels.heads import HeadLayout
+from eagle3.pairs import PairPlan
+
+
+class NormGradients:
+    """Gradients of the norms' weights, added up in float32 or better."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, kind: str, grad_H: Tensor | None) -> None:
+        """Adds the gradient of one use of a norm."""
+        assert grad_H is not None
+        self._sums[kind] = self._sums[kind] + grad_H if kind in self._sums else grad_H
+
+    def of(self, kind: str) -> Tensor:
+        """The sum over all uses of a norm."""
+        return self._sums[kind]
+
+
+@dataclass(slots=True, kw_only=True)
+class Tape:
+    """What the forward pass keeps. Steps are stacked where one product over all of them makes a weight's gradient."""
+
+    embedded_LH: Tensor
+    tokens_LH: Tensor
+    first_LH: Tensor
+    first_normed_LH: Tensor
+    k0_LKd: Tensor
+    v0_LKd: Tensor
+    q_SLQd: Tensor
+    own_k_JNKd: Tensor
+    own_v_JNKd: Tensor
+    attended_SNQd: Tensor
+    normed_SNH: Tensor
+    post_SNH: Tensor
+    gate_up_SN2I: Tensor
+    active_SNI: Tensor
+    normed_PH: Tensor
+    attention: list[CausalResult]
+    middle_NH: list[Tensor]
+    state_NH: list[Tensor]
+
+    @classmethod
+    def allocate(cls, plan: PairPlan, num_steps: int, down_HI: Tensor, layout: HeadLayout) -> Tape:
+        """An empty tape for a batch, on the device and in the dtype of `down_HI`."""
+        hidden, intermediate = down_HI.shape
+        num_all, num_rows, num_pairs = len(plan.position_L), len(plan.row_N), len(plan.step_P)
+        q_heads, kv_heads = (layout.num_queries, layout.head_dim), (layout.num_keys, layout.head_dim)
+        new = down_HI.new_empty
+        none = new(0)
+        return cls(
+            embedded_LH=none,
+            tokens_LH=none,
+            first_LH=none,
+            first_normed_LH=none,
+            k0_LKd=new((num_all, *kv_heads)),
+            v0_LKd=new((num_all, *kv_heads)),
+            # Queries of rows without loss must be numbers: times a zero gradient they reach every key.
+            q_SLQd=down_HI.new_zeros((num_steps, num_all, *q_heads)),
+            own_k_JNKd=new((num_steps - 1, num_rows, *kv_heads)),
+            own_v_JNKd=new((num_steps - 1, num_rows, *kv_heads)),
+            attended_SNQd=new((num_steps, num_rows, *q_heads)),
+            normed_SNH=new((num_steps, num_rows, hidden)),
+            post_SNH=new((num_steps, num_rows, hidden)),
+            gate_up_SN2I=new((num_steps, num_rows, 2 * intermediate)),
+            active_SNI=new((num_steps, num_rows, intermediate)),
+            # Pairs without a row must be numbers, too.
+            normed_PH=down_HI.new_zeros((num_pairs, hidden)),
+            attention=[],
+            middle_NH=[],
+            state_NH=[],
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class TapeGradients:
+    """Gradients on their way back, laid out as in `Tape`; those of keys and values add up over steps in float32."""
+
+    state_SNH: Tensor
+    middle_SNH: Tensor
+    projected_SNW: Tensor
+    attended_LQd: Tensor
+    q_NQd: Tensor
+    k0_LKd: Tensor
+    v0_LKd: Tensor
+    own_k_JNKd: Tensor
+    own_v_JNKd: Tensor
+    first_LU: Tensor
+
+    @classmethod
+    def allocate(cls, tape: Tape) -> TapeGradients:
+        """Zeros where gradients add up, and room for the others."""
+        num_steps, num_rows, num_queries, head_dim = tape.attended_SNQd.shape
+        num_all, num_keys, _ = tape.k0_LKd.shape
+        precise = torch.promote_types(torch.float32, tape.k0_LKd.dtype)
+        width = (num_queries + 2 * num_keys) * head_dim
+        return cls(
+            state_SNH=torch.empty_like(tape.post_SNH),
+            middle_SNH=torch.empty_like(tape.post_SNH),
+            projected_SNW=tape.post_SNH.new_empty((num_steps, num_rows, width)),
+            attended_LQd=torch.zeros_like(tape.q_SLQd[0]),
+            q_NQd=torch.empty_like(tape.attended_SNQd[0]),
+            k0_LKd=torch.zeros_like(tape.k0_LKd, dtype=precise),
+            v0_LKd=torch.zeros_like(tape.v0_LKd, dtype=precise),
+            own_k_JNKd=torch.zeros_like(tape.own_k_JNKd, dtype=precise),
+            own_v_JNKd=torch.zeros_like(tape.own_v_JNKd, dtype=precise),
+            first_LU=tape.post_SNH.new_empty((num_all, 2 * num_keys * head_dim)),
+        )
