@@ -120,10 +120,8 @@ def _hf_problems(folder: Path) -> list[str]:
         _collect(problems, functools.partial(read, file))
     if index is not None:
         problems += _index_problems(folder / index, headers)
+    stored = {name: (entry.shape, entry.dtype) for header in headers.values() for name, entry in header.tensors.items()}
     if not problems:
-        stored = {
-            name: (entry.shape, entry.dtype) for header in headers.values() for name, entry in header.tensors.items()
-        }
         _collect(problems, lambda: read_contents(folder))
         problems += _manifest_problems(folder, stored, source=folder)
     if not problems:

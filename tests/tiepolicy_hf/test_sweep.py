@@ -9,6 +9,8 @@ from hf_zoo import entries
 # A plain tie, one of other module names, one of four names, one of three, fused experts whose names change on disk,
 # no attention, and two that see: one whose checkpoints keep an older layout, one with a flag in each part of a config.
 USUAL = {
+    # A head that two embeddings could fill, of which one is bound to it.
+    "EncoderDecoderModel",
     "LlamaForCausalLM",
     "GPT2LMHeadModel",
     "T5ForConditionalGeneration",
