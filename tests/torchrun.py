@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -46,6 +47,11 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("gloo")
     yield
     dist.destroy_process_group()
+    leave()
+
+
+def leave() -> NoReturn:
+    """End a process whose work is done without the interpreter's shutdown, see `process_group`."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

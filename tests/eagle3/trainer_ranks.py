@@ -10,6 +10,7 @@ from pathlib import Path
 from eagle3.parallel import joined
 from eagle3.trainer import train
 from eagle3_runs import config_of
+from torchrun import leave
 
 #: By the name of their folder.
 RUNS = {
@@ -79,3 +80,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

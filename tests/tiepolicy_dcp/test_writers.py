@@ -60,10 +60,11 @@ def test_all_ranks_of_a_second_run_are_refused_with_one_sentence(tmp_path, write
     script.write_text(
         "import sys\nimport torch.distributed as dist\nfrom models import TiedPair\n"
         "from tiepolicy_dcp import CheckpointError, CheckpointStore\n"
-        "dist.init_process_group('gloo')\n"
-        "try:\n    CheckpointStore(sys.argv[1]).save('ours', model=TiedPair())\n"
-        "except CheckpointError as error:\n    print(f'rank {dist.get_rank()}: {error}\\n', end='', flush=True)\n"
-        "dist.destroy_process_group()\n"
+        "from torchrun import process_group\n"
+        "with process_group():\n"
+        "    try:\n        CheckpointStore(sys.argv[1]).save('ours', model=TiedPair())\n"
+        "    except CheckpointError as error:\n"
+        "        print(f'rank {dist.get_rank()}: {error}\\n', end='', flush=True)\n"
     )
     output = torchrun(script, tmp_path, num_processes=2).stdout
     sentence = f"{tmp_path} is written by process {writer.pid} on host {socket.gethostname()}"

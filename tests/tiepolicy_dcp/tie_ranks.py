@@ -16,6 +16,7 @@ import tiepolicy
 import tiepolicy_dcp
 from models import TiedPair, train_steps
 from tiepolicy.errors import TiePolicyError
+from torchrun import process_group
 
 #: Divided by no world size here but 3.
 VOCAB_SIZE = 8193
@@ -202,10 +203,9 @@ def load_uneven(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    try:
-        globals()[sys.argv[1]](Path(sys.argv[2]))
-    except TiePolicyError as error:
-        say(f"{type(error).__name__}: {error}")
-    dist.destroy_process_group()
+    with process_group():
+        torch.manual_seed(0)
+        try:
+            globals()[sys.argv[1]](Path(sys.argv[2]))
+        except TiePolicyError as error:
+            say(f"{type(error).__name__}: {error}")
