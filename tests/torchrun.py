@@ -1,31 +1,36 @@
 """Starts real processes under torchrun, for the tests of what ranks do together."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 
-def torchrun(*arguments: str | Path, num_processes: int, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a script, or `-m module`, on gloo in several processes; output and errors as one text.
+def torchrun(
+    *arguments: str | Path, num_processes: int, on_gpus: bool = False, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a script, or `-m module`, in several processes; output and errors as one text.
 
     Args:
         arguments: What comes after torchrun's own options.
         num_processes: World size.
+        on_gpus: Let each process see the GPUs, and take the one of its rank; otherwise they see none.
         timeout: Seconds until all processes are killed and the test fails.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "OMP_NUM_THREADS": "1",
-        # More processes than GPUs is the rule here.
-        "CUDA_VISIBLE_DEVICES": "",
     }
+    if not on_gpus:  # more processes than GPUs is the rule here
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
         [*command, *map(str, arguments)],
         env=environment,
@@ -37,17 +42,40 @@ def torchrun(*arguments: str | Path, num_processes: int, timeout: float = 240) -
     )
 
 
+def results_of(
+    script: Path, folder: Path, cases: Iterable[str], *, num_processes: int, on_gpus: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What a script's first rank reports of each case, by its name, as a line `RESULT {"case": ...}`.
+
+    Several cases in one start: starting processes takes longer than most of what they do.
+    """
+    output = torchrun(script, folder, *cases, num_processes=num_processes, on_gpus=on_gpus)
+    assert output.returncode == 0, output.stdout
+    lines = [line.split("RESULT ", 1)[1] for line in output.stdout.splitlines() if "RESULT " in line]
+    return {result["case"]: result for result in map(json.loads, lines)}
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started; the process ends with the block, 0 if it went through.
+    """Join the processes that torchrun started: by NCCL where they see GPUs, else by gloo.
 
-    gloo's threads may still hold tensors of the last collective. One that lets go of them while the interpreter shuts
-    down aborts a process whose work is done ("terminate called without an active exception", torch 2.13).
+    The process ends with the block, 0 if it went through. gloo's threads may still hold tensors of the last collective.
+    One that lets go of them while the interpreter shuts down aborts a process whose work is done ("terminate called
+    without an active exception", torch 2.13).
     """
-    dist.init_process_group("gloo")
+    if device_type() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    else:
+        dist.init_process_group("gloo")
     yield
     dist.destroy_process_group()
     leave()
+
+
+def device_type() -> str:
+    """Where the processes that torchrun started have their tensors."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def leave() -> NoReturn:

@@ -6,15 +6,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded import STEPS, Layer, Tower, batch, distance, message, report, tower, train, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from tower import DEVICE, STEPS, Layer, Tower, batch, distance, message, run, tower, train, whole
 
 import tiepolicy
 import tiepolicy_dcp
 import tiepolicy_fsdp2
-from torchrun import process_group
 
 NUM_MICROBATCHES = 2
 
@@ -41,14 +40,14 @@ def half(stage: Tower) -> nn.Parameter:
 
 def grid():
     """The dimension of the pipeline, then that of the data."""
-    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
+    return init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
 
 
 def run_steps(stage, mesh, schedule_class, *, sync, steps=range(STEPS), ties=None, optimizer=None):
     """Real pipeline steps over microbatches, each data rank on its rows."""
     group = mesh["pp"].get_group()
     index = mesh["pp"].get_local_rank()
-    pipeline_stage = PipelineStage(stage, index, 2, torch.device("cpu"), group=group)
+    pipeline_stage = PipelineStage(stage, index, 2, half(stage).device, group=group)
     losses: list[torch.Tensor] = []
 
     def loss(logits, ids):
@@ -118,7 +117,7 @@ def today_without_sync():
 
 def started_apart():
     torch.manual_seed(dist.get_rank())
-    stage = cut(Tower(), dist.get_rank())
+    stage = cut(Tower().to(DEVICE), dist.get_rank())
     error = message(lambda: tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan()))
     first, _ = both(whole(half(stage)))
     ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan(), keep="canonical")
@@ -133,7 +132,7 @@ def a_half_without_gradient():
     if dist.get_rank() == 0:
         half(stage).grad = torch.ones_like(half(stage))
     tiepolicy_fsdp2.sync_tied_gradients(ties)
-    gradients = both(half(stage).grad)
+    gradients = both(whole(half(stage).grad))
     return {"ones": [bool((gradient == 1).all()) for gradient in gradients]}
 
 
@@ -168,7 +167,7 @@ def save_and_load():
     """Train, save, and load into stages with other weights."""
     mesh = grid()
     index = mesh["pp"].get_local_rank()
-    stage, fresh = cut(tower(), index), cut(Tower(), index)
+    stage, fresh = cut(tower(), index), cut(Tower().to(DEVICE), index)
     for module in (stage, fresh):
         if mesh["dp"].size() > 1:
             tiepolicy_fsdp2.fully_shard(module, blocks=[Layer], mesh=mesh["dp"])
@@ -191,7 +190,7 @@ def resume():
     mesh = grid()
     index = mesh["pp"].get_local_rank()
     names = {"plan": whole_plan(), "group": mesh["pp"].get_group()}
-    stages = [cut(tower(), index), cut(Tower(), index)]
+    stages = [cut(tower(), index), cut(Tower().to(DEVICE), index)]
     for module in stages:
         if mesh["dp"].size() > 1:
             tiepolicy_fsdp2.fully_shard(module, blocks=[Layer], mesh=mesh["dp"])
@@ -239,6 +238,4 @@ def save_with_optimizers():
 FOLDER = Path(sys.argv[1])
 
 if __name__ == "__main__":
-    with process_group():
-        for name in sys.argv[2:]:
-            report(name, globals()[name])
+    run(globals(), sys.argv[2:])

@@ -3,13 +3,16 @@
 A test whose name says `today` pins what torch alone does; when it fails, torch was fixed.
 """
 
-import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from tower import Tower, digests
 
-from torchrun import torchrun
+import tiepolicy_dcp
+import tiepolicy_fsdp2
+from torchrun import results_of, torchrun
 
 RANKS = Path(__file__).with_name("sharded.py")
 pytestmark = pytest.mark.dist
@@ -19,7 +22,7 @@ TODAY = [
     *("today_tied_by_data", "today_tensor_parallel", "today_copies_under_ddp"),
 ]
 TRAINED = [
-    *("shard_every_module", "shard_with_one_in_the_root", "shard_checkpointed", "shard_tied_by_data"),
+    *("shard_every_module", "shard_nested", "shard_with_one_in_the_root", "shard_checkpointed", "shard_tied_by_data"),
     *("load_full_from_meta", "materialize", "tensor_parallel", "verify_under_ddp"),
 ]
 REFUSED = [
@@ -29,28 +32,35 @@ REFUSED = [
 ON_A_GRID = ["hybrid", "tensor_parallel_and_sharded", "materialize_on_a_grid"]
 
 
-def run(cases, num_processes):
-    """The result of each case, by its name; starting processes takes longer than most of what they do."""
-    output = torchrun(RANKS, *cases, num_processes=num_processes)
-    assert 0 == output.returncode, output.stdout
-    lines = [line.split("RESULT ", 1)[1] for line in output.stdout.splitlines() if "RESULT " in line]
-    return {result["case"]: result for result in map(json.loads, lines)}
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    cases = [*TODAY, *TRAINED, *REFUSED, "save_trained"]
+    return results_of(RANKS, folder, cases, num_processes=2) | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
-def on_two():
-    return run([*TODAY, *TRAINED, *REFUSED], num_processes=2)
-
-
-@pytest.fixture(scope="module")
-def on_four():
-    return run([*TRAINED, *ON_A_GRID], num_processes=4)
+def on_four(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    cases = [*TRAINED, "shard_compiled", *ON_A_GRID, "save_trained"]
+    return results_of(RANKS, folder, cases, num_processes=4) | {"folder": folder}
 
 
 def check_trained(result):
     """One parameter, one gradient and one optimizer state, the same as in one process."""
     assert {"names": True, "num_states": True} == {key: result[key] for key in ("names", "num_states")}
     assert 1e-12 > max(result[key] for key in ("gradients", "weights", "states"))
+
+
+def loaded_alone(folder, device="cpu"):
+    """The digests of a checkpoint in a model of this process, which gets its memory only then."""
+    with torch.device("meta"):
+        model = Tower()
+    tiepolicy_fsdp2.materialize(model, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    tiepolicy_dcp.load(folder, model=model, optimizer=optimizer)
+    tiepolicy_fsdp2.verify(model, step="load", optimizer=optimizer)
+    return digests(model, optimizer)
 
 
 # What torch does alone
@@ -114,7 +124,7 @@ def test_two_ranks_train_a_tied_model_as_one_process_does(on_two, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", [*TRAINED, "shard_compiled"])
 def test_four_ranks_train_a_tied_model_as_one_process_does(on_four, case):
     check_trained(on_four[case])
     assert on_four[case].get("tied", True)
@@ -135,6 +145,19 @@ def test_tensor_parallel_shards_train_as_one_process_does(on_four):
 @pytest.mark.slow
 def test_a_grid_starts_with_the_values_of_one_process(on_four):
     assert (True, True) == (on_four["materialize_on_a_grid"]["same"], on_four["materialize_on_a_grid"]["tied"])
+
+
+def test_one_process_loads_what_shards_saved_bit_for_bit(on_two):
+    assert on_two["save_trained"]["saved"] == loaded_alone(on_two["folder"] / "trained")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved_on", "num_processes"), [("on_two", 4), ("on_four", 2)])
+def test_other_numbers_of_ranks_load_it_into_meta_and_real_models_bit_for_bit(saved_on, num_processes, request):
+    saved = request.getfixturevalue(saved_on)
+    loaded = results_of(RANKS, saved["folder"], ["load_trained"], num_processes=num_processes)["load_trained"]
+    assert [saved["save_trained"]["saved"]] * 2 == loaded["loaded"]
+    assert loaded["tied"]
 
 
 def test_materialised_weights_are_those_of_one_process(on_two):

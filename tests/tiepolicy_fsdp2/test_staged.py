@@ -3,16 +3,15 @@
 The model has two ties that cross its two stages: embedding and head, and a map of either layer.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from sharded import Tower
+from tower import Tower
 
 import tiepolicy_dcp
-from torchrun import torchrun
+from torchrun import results_of
 
 RANKS = Path(__file__).with_name("staged.py")
 pytestmark = pytest.mark.dist
@@ -25,25 +24,19 @@ OTHERS = [
 ]
 
 
-def run(folder, cases, num_processes):
-    output = torchrun(RANKS, folder, *cases, num_processes=num_processes)
-    assert 0 == output.returncode, output.stdout
-    lines = [line.split("RESULT ", 1)[1] for line in output.stdout.splitlines() if "RESULT " in line]
-    return {result["case"]: result for result in map(json.loads, lines)}
-
-
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return run(folder, [*SCHEDULES, *OTHERS], num_processes=2) | {"folder": folder}
+    return results_of(RANKS, folder, [*SCHEDULES, *OTHERS], num_processes=2) | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("four"), [*SCHEDULES, "save_and_load", "resume"], num_processes=4)
+    cases = [*SCHEDULES, "save_and_load", "resume"]
+    return results_of(RANKS, tmp_path_factory.mktemp("four"), cases, num_processes=4)
 
 
-def check_trained(result):
+def check_synced(result):
     assert ["embed_tokens.weight", "layers.0.up.weight"] == result["shared"]
     assert result["equal"]
     assert 1e-12 > result["weights"]
@@ -51,13 +44,13 @@ def check_trained(result):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_synced_stages_train_as_one_process_does_and_stay_equal_to_the_bit(on_two, schedule):
-    check_trained(on_two[schedule])
+    check_synced(on_two[schedule])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_that_are_sharded_train_as_one_process_does(on_four, schedule):
-    check_trained(on_four[schedule])
+    check_synced(on_four[schedule])
 
 
 def test_today_stages_drift_apart_without_a_word_and_are_found_here(on_two):
