@@ -9,12 +9,13 @@ from tiepolicy._observe import Facts
 from tiepolicy._verdicts import Reason, Verdict
 from tiepolicy.hookspecs import hookimpl
 
+# Ends of sentences that name the claim's second name first, as the one that is derived from the other.
 _DETAILS = {
     Reason.SAME_OBJECT: "they are one object",
     Reason.SAME_STORAGE: "they are the same elements of one storage",
     Reason.VIEW_OF: "one is a view of the other",
     Reason.SHAPE_MISMATCH: "shapes differ",
-    Reason.DTYPE_MISMATCH: "dtypes differ ({a.dtype} and {b.dtype})",
+    Reason.DTYPE_MISMATCH: "dtypes differ ({b.dtype} and {a.dtype})",
     Reason.STORAGE_DISJOINT: "each has its own storage",
     Reason.DECLARED_NOT_TIED: "each has its own storage",
     Reason.STORAGE_OVERLAP_PARTIAL: "they overlap in one storage, but neither contains the other",
@@ -51,7 +52,7 @@ def tiepolicy_decide(claim: Claim, facts: Facts) -> Verdict:
     if reason is Reason.STORAGE_DISJOINT and claim.source is not Source.STORAGE:
         reason = Reason.DECLARED_NOT_TIED
     if reason is Reason.PLACEMENT_MISMATCH:
-        return Verdict.independent(reason, _where_they_lie(a, b))
+        return Verdict.independent(reason, _where_they_lie(b, a))
     detail = _DETAILS[reason].format(a=a, b=b)
     return Verdict.alias(reason, detail) if reason.proves_alias else Verdict.independent(reason, detail)
 

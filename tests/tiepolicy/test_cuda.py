@@ -36,7 +36,7 @@ def test_a_copy_on_another_device_is_refused_for_where_it_lies():
     model.get_input_embeddings, model.get_output_embeddings = lambda: model.embed_tokens, lambda: model.lm_head
     model.lm_head.cuda()
     verdict = tiepolicy.plan(model).verdict("embed_tokens.weight", "lm_head.weight")
-    assert (Reason.PLACEMENT_MISMATCH, "they lie on different devices (cpu and cuda:0)") == (
+    assert (Reason.PLACEMENT_MISMATCH, "they lie on different devices (cuda:0 and cpu)") == (
         verdict.reason,
         verdict.detail,
     )

@@ -195,7 +195,7 @@ def test_tensors_that_are_sharded_differently_are_refused_with_both_placements(m
         "lm_head.weight": DTensor.from_local(torch.zeros(4, 2), mesh, [Replicate()], run_check=False),
     }
     (refusal,) = Policy(plugins=[ClaimPair()]).plan(tensors).refused
-    assert "sharded differently (cpu(4,) (Shard(dim=0),) and cpu(4,) (Replicate(),))" in refusal.verdict.detail
+    assert "sharded differently (cpu(4,) (Replicate(),) and cpu(4,) (Shard(dim=0),))" in refusal.verdict.detail
 
 
 def test_sparse_tensors_are_tied_by_object_only():
@@ -230,7 +230,7 @@ def test_tensors_on_different_devices_are_refused_with_both():
     model = TiedPair(tied=False)
     model.lm_head.to("meta")
     (refusal,) = Policy(plugins=[ClaimPair()]).plan(model).refused
-    assert (Reason.PLACEMENT_MISMATCH, "they lie on different devices (cpu and meta)") == (
+    assert (Reason.PLACEMENT_MISMATCH, "they lie on different devices (meta and cpu)") == (
         refusal.verdict.reason,
         refusal.verdict.detail,
     )

@@ -324,7 +324,11 @@ def test_a_head_of_another_dtype_is_no_tie():
     model = flagged(6, 6)
     model.lm_head.to(torch.bfloat16)
     (refusal,) = tiepolicy.plan(model).refused
-    assert "dtypes differ (torch.float32 and torch.bfloat16)" == refusal.verdict.detail
+    message = (
+        "lm_head.weight (6, 4) and embed_tokens.weight (6, 4) cannot be one tensor: dtypes differ (torch.bfloat16 and "
+        "torch.float32); claimed by config.tie_word_embeddings"
+    )
+    assert message == str(refusal)
 
 
 class DeclaresHead:
