@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test slow quick lint types wheel-test setup clean
+.PHONY: demo test slow quick lint types docs wheel-test setup clean
 
 demo: setup
 	rm -rf $(DEMO)
@@ -26,6 +26,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 	$(BIN)/pyright
+
+# The site, in build/docs. Each warning is an error: a link that leads nowhere, a page that is missing from the navigation.
+docs: setup
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
+	@echo build/docs/index.html
 
 # The tests once more, against the built wheel in an environment that does not see this folder's packages.
 wheel-test: setup

@@ -158,11 +158,12 @@ def _choose(arguments: Sequence[str]) -> Command:
         (close,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"{name} is not a command; did you mean {close}? There are {', '.join(COMMANDS)}.")
     if name not in COMMANDS or {"-h", "--help"} & set(arguments):
-        _help_parser().parse_args(arguments)
+        command_parser().parse_args(arguments)
     return COMMANDS[name]
 
 
-def _help_parser() -> ArgumentParser:
+def command_parser() -> ArgumentParser:
+    """What knows all commands with their settings, and prints their help."""
     parser = ArgumentParser(
         prog="eagle3", allow_abbrev=False, description="Trains EAGLE-3 drafts of transformers models."
     )

@@ -183,16 +183,17 @@ def _one_sentence(message: str, types_of: dict[str, Any]) -> str:
     mistyped = re.match(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Got value|Given value): (.*)", message)
     if mistyped and value and mistyped[1] in types_of:
-        return f"{mistyped[1]} is {value[1]}, but must be {_in_words(types_of[mistyped[1]])}."
+        return f"{mistyped[1]} is {value[1]}, but must be {in_words(types_of[mistyped[1]])}."
     return f"The settings cannot be read: {' '.join(message.split())}."
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
+    """The type of a setting as people call it: `a whole number or null`."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} whole numbers"
     if isinstance(kind, types.UnionType):
-        return " or ".join(_in_words(part) for part in get_args(kind))
+        return " or ".join(in_words(part) for part in get_args(kind))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(kind, getattr(kind, "__name__", str(kind)))

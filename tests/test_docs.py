@@ -1,4 +1,4 @@
-"""The pages on plugins and commands: their code runs, and their output is what it prints."""
+"""The pages with code that runs here: their code runs, and their output is what it prints."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import pytest
 from tiepolicy._cli import main
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["cli.md", "concepts.md", "dcp.md", "fsdp2.md", "huggingface.md", "index.md", "plugins.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,7 +44,9 @@ def check_command(command, expected):
     assert [row for row in shown if not any(row == other[: len(row)] for other in rows)] == []
 
 
-@pytest.mark.parametrize("page", ["cli.md", "fsdp2.md", "huggingface.md", "plugins.md"])
+@pytest.mark.parametrize(
+    "page", ["cli.md", "concepts.md", "dcp.md", "fsdp2.md", "huggingface.md", "index.md", "plugins.md"]
+)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, output = {}, ""

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if all is fine, 1 if there are differences or damage. Wrong usage leaves with 2 through `SystemExit`.
     """
-    parser = _parser()
+    parser = command_parser()
     options = parser.parse_args(arguments)
     for name in ("path", "a", "b"):
         path = getattr(options, name, None)
@@ -97,7 +97,8 @@ def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """What knows all commands with their options, and prints their help."""
     parser = argparse.ArgumentParser(
         prog="tiepolicy",
         description="Look at checkpoints and at which of their names are one tensor. Runs nothing that a checkpoint "

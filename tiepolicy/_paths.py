@@ -26,7 +26,7 @@ def member(folder: Path, name: str, *, named_by: str) -> Path:
         named_by: The other file, for the message.
 
     Raises:
-        UntrustedCheckpointError: If the path leaves the folder, by `..`, from the root, or through a link.
+        UntrustedCheckpointError: If the path leaves the folder: upwards, from the root, or through a link.
         CheckpointError: If there is no such file.
     """
     windows = PureWindowsPath(name)

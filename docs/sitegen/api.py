@@ -1,0 +1,76 @@
+"""The public names of a module, from what it defines and exports."""
+
+import ast
+import functools
+import importlib
+import inspect
+from pathlib import Path
+from typing import TypeGuard
+
+PACKAGES = ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2")
+
+
+def api(module: str, *only: str) -> str:
+    """Functions, classes, errors and the rest of what a module exports, or of a few names of it.
+
+    Args:
+        module: Its dotted name.
+        only: The names to show; all if none are given.
+    """
+    namespace = importlib.import_module(module)
+    parts: dict[str, list[str]] = {"Functions": [], "Classes": [], "Errors": [], "Names": []}
+    for name in only or exported(module):
+        value = getattr(namespace, name)
+        if _is_error(value) and value.__module__.split(".")[0] != module.split(".")[0]:
+            continue  # it is on the page of the package that defines it
+        kind, directive, options = _described(value)
+        parts[kind].append(f"```{{eval-rst}}\n.. {directive}:: {module}.{name}\n{options}```\n")
+    shown = {kind: "\n".join(entries) for kind, entries in parts.items() if entries}
+    if only or len(shown) == 1:
+        return "\n".join(shown.values())
+    return "\n".join(f"## {kind}\n\n{entries}" for kind, entries in shown.items())
+
+
+@functools.cache
+def exported(module: str) -> tuple[str, ...]:
+    """The public names of a module: those of `__all__`, or what it defines and what it imports `as` itself."""
+    namespace = importlib.import_module(module)
+    if hasattr(namespace, "__all__"):
+        return tuple(namespace.__all__)
+    names = []
+    for node in ast.parse(Path(namespace.__file__ or "").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names += [alias.name for alias in node.names if alias.asname == alias.name]
+    return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
+def home_of(target: str) -> str | None:
+    """Where the site documents what annotations call by the module that defines it; None if it does not.
+
+    >>> home_of("tiepolicy._plan.TiePlan")
+    'tiepolicy.TiePlan'
+    """
+    package, _, rest = target.partition(".")
+    name = rest.rpartition(".")[2]
+    if package not in PACKAGES or not rest.startswith("_"):
+        return None
+    return f"{package}.{name}" if name in exported(package) else None
+
+
+def _is_error(value: object) -> TypeGuard[type[BaseException]]:
+    return inspect.isclass(value) and issubclass(value, BaseException)
+
+
+def _described(value: object) -> tuple[str, str, str]:
+    """Under which heading a name stands, and the directive that documents it, with its options."""
+    if _is_error(value):
+        # One of the trainer's errors has the name of one of the core's, which is the one that is linked to.
+        options = "   :no-index:\n" if value.__module__.startswith("eagle3") else ""
+        return "Errors", "autoclass", f"   :members:\n   :show-inheritance:\n{options}"
+    if inspect.isclass(value):
+        return "Classes", "autoclass", "   :members:\n   :show-inheritance:\n"
+    if inspect.isroutine(value):
+        return "Functions", "autofunction", ""
+    return "Names", "autodata", ""
