@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from eagle3.draft import Draft, draft_config
 from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
 from eagle3.fused import FusedStep
-from eagle3.graphs import GraphedStep, StepInputs, pays_off
+from eagle3.graphs import GraphedStep, StepInputs, pays_off, rounded
 from eagle3.pairs import plan_pairs
 from eagle3.teacher import TeacherHead
 from eagle3.unroll import TrainingTimeTest, UnrollResult, plan_rows
@@ -137,34 +137,37 @@ class Bench:
         head = TeacherHead(self.head_VE, self.draft.target_ids())
         rows = plan_rows(self.mask, work.steps)
         plan = plan_pairs(rows, num_sequences=work.sequences, num_tokens=work.tokens)
+        has_graph = self.device.type == "cuda" and pays_off(plan, num_weights=weights.copy.numel())
+        # As in a run of the trainer: plans are made where batches are, and come from the host.
         inputs = StepInputs(
-            plan=plan,
+            plan=rounded(plan) if has_graph else plan,
             input_ids_L=self.ids.flatten(),
             aux_LA=self.aux.flatten(0, 1),
             hidden_LE=self.hidden.flatten(0, 1),
         )
-        on_device = replace(inputs, plan=plan.to(self.device))
-        argmax = head.teach(inputs.hidden_LE[on_device.plan.teacher_rows_M]).argmax_M if known_argmax else None
+        if known_argmax:
+            inputs = replace(inputs, argmax_L=self._greedy_tokens())
 
         def sums(inputs: StepInputs) -> UnrollResult:
-            hidden_ME = inputs.hidden_LE.index_select(0, inputs.plan.teacher_rows_M)
-            teacher = head.teach(hidden_ME) if argmax is None else head.teach_known(hidden_ME, argmax)
+            rows = inputs.plan.teacher_rows_M
+            hidden_ME = inputs.hidden_LE.index_select(0, rows)
+            known = inputs.argmax_L
+            teacher = head.teach(hidden_ME) if known is None else head.teach_known(hidden_ME, known[rows])
             return step(inputs.plan, inputs.input_ids_L, inputs.aux_LA, teacher)
 
-        num_pairs = work.steps * len(plan.row_N)
-        has_graph = (
-            self.device.type == "cuda" and argmax is None and pays_off(weights.copy.numel(), num_pairs=num_pairs)
-        )
         graphed = GraphedStep(sums)
 
         def run() -> Tensor:
-            # As in a run of the trainer: rows and pairs come from the host where shapes are fixed.
-            result = graphed(inputs) if has_graph else sums(on_device)
+            result = graphed(inputs) if has_graph else sums(replace(inputs, plan=inputs.plan.to(self.device)))
             factor, _ = clip_factor(weights.grad, scale=1 / result.weight_sum, max_norm=1.0)
             optimizer.step(scale=factor)
             return result.loss_sum / result.weight_sum
 
         return run
+
+    def _greedy_tokens(self) -> Tensor:
+        """The target's greedy token after each token, as a cache of features holds it."""
+        return torch.cat([(part @ self.head_VE.T).argmax(dim=-1) for part in self.hidden.flatten(0, 1).split(1024)])
 
     def autograd_step(self) -> Callable[[], Tensor]:
         """The same under autograd with autocast and torch's fused AdamW."""

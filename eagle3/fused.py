@@ -232,7 +232,7 @@ class FusedStep:
     def _backward(self, plan: PairPlan, tape: Tape, aux_LA: Tensor) -> None:
         """Writes every gradient but the head's."""
         w, g = self._weights.copies, self._weights.grads
-        norms, back = NormGradients(), TapeGradients.allocate(tape)
+        norms, back = NormGradients.allocate(w.hidden_norm_H), TapeGradients.allocate(tape)
         grad_normed_NH: Tensor | None = None
         grad_state_NH: Tensor | None = None
         for step in reversed(range(self._num_steps)):
@@ -252,19 +252,18 @@ class FusedStep:
             angles=self._angles_up_to(0),
             layout=self._layout,
         )
-        grad_first_LH, grad_hidden_H, _ = rms_norm_backward(
-            *(tape.first_LH, back.first_LU @ w.state_WH[self._num_q :], w.hidden_norm_H),
+        grad_first_LH = rms_norm_backward(
+            *(tape.first_LH, back.first_LU @ w.state_WH[self._num_q :], w.hidden_norm_H, norms.hidden_GH),
             eps=self._eps,
             rows=RowGradients(normed_RH=grad_normed_NH, sum_RH=grad_state_NH, index_M=plan.row_of_token_L),
         )
-        norms.add("hidden", grad_hidden_H)
         torch.mm(grad_first_LH.T, aux_LA, out=g.fc_HA)
         self._token_half_backward(plan, tape, back, norms)
         self._weight_gradients(tape, back)
-        g.input_norm_H.copy_(norms.of("input"))
-        g.hidden_norm_H.copy_(norms.of("hidden"))
-        g.post_norm_H.copy_(norms.of("post"))
-        g.final_norm_H.copy_(norms.of("final"))
+        g.input_norm_H.copy_(norms.input_GH.sum(dim=0))
+        g.hidden_norm_H.copy_(norms.hidden_GH.sum(dim=0))
+        g.post_norm_H.copy_(norms.post_GH.sum(dim=0))
+        g.final_norm_H.copy_(norms.final_GH.sum(dim=0))
 
     def _finish_backward(
         self,
@@ -278,23 +277,25 @@ class FusedStep:
     ) -> None:
         """From the states that a step hands on to those between its attention and its MLP."""
         w, eps = self._weights.copies, self._eps
-        _, grad_hidden_H, grad_final_H = rms_norm_backward(
-            *(tape.state_NH.pop(), grad_normed_NH, w.hidden_norm_H),
+        rms_norm_backward(
+            *(tape.state_NH.pop(), grad_normed_NH, w.hidden_norm_H, norms.hidden_GH),
             eps=eps,
             grad_sum_MH=grad_state_NH,
-            second=SecondNorm(weight_H=w.final_norm_H, out_RH=tape.normed_PH, index_M=plan.pair_SN[step]),
+            second=SecondNorm(
+                weight_H=w.final_norm_H,
+                out_RH=tape.normed_PH,
+                index_M=plan.pair_SN[step],
+                grad_weight_GH=norms.final_GH,
+            ),
             out_MH=back.state_SNH[step],
         )
-        norms.add("hidden", grad_hidden_H)
-        norms.add("final", grad_final_H)
         swiglu_backward_(tape.gate_up_SN2I[step], back.state_SNH[step] @ w.down_HI)
-        _, grad_post_H, _ = rms_norm_backward(
-            *(tape.middle_NH.pop(), tape.gate_up_SN2I[step] @ w.gate_up_2IH, w.post_norm_H),
+        rms_norm_backward(
+            *(tape.middle_NH.pop(), tape.gate_up_SN2I[step] @ w.gate_up_2IH, w.post_norm_H, norms.post_GH),
             eps=eps,
             grad_sum_MH=back.state_SNH[step],
             out_MH=back.middle_SNH[step],
         )
-        norms.add("post", grad_post_H)
 
     def _attend_backward(
         self, plan: PairPlan, tape: Tape, back: TapeGradients, grad_attended_NQd: Tensor, step: int
@@ -344,10 +345,7 @@ class FusedStep:
             back.projected_SNW, back.first_LU, row_of_token_L=plan.row_of_token_L, time_L=plan.position_L
         )
         torch.mm(grad_token_LW.T, tape.tokens_LH, out=self._weights.grads.token_WH)
-        _, grad_input_H, _ = rms_norm_backward(
-            tape.embedded_LH, grad_token_LW @ w.token_WH, w.input_norm_H, eps=self._eps
-        )
-        norms.add("input", grad_input_H)
+        rms_norm_backward(tape.embedded_LH, grad_token_LW @ w.token_WH, w.input_norm_H, norms.input_GH, eps=self._eps)
 
     def _weight_gradients(self, tape: Tape, back: TapeGradients) -> None:
         """One product over all steps for each weight."""

@@ -15,9 +15,9 @@ from eagle3.data import Batch
 from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
-from eagle3.graphs import GraphedStep, StepInputs, pays_off
+from eagle3.graphs import GraphedStep, StepInputs, pays_off, with_rounded_pairs
 from eagle3.inputs import Target
-from eagle3.pairs import PairPlan, with_pairs
+from eagle3.pairs import with_pairs
 from eagle3.parallel import Ranks
 from eagle3.step import Scorer, to_device
 from eagle3.teacher import TeacherHead
@@ -57,7 +57,6 @@ class FusedScorer(Scorer):
         self._draft = draft
         self._weights = weights
         self._ranks = ranks
-        self._num_steps = config.unroll.steps
         self._step = FusedStep(
             draft,
             weights,
@@ -65,7 +64,11 @@ class FusedScorer(Scorer):
             decay=config.unroll.decay,
             deterministic=config.train.deterministic,
         )
-        self.prepare = partial(with_pairs, num_steps=config.unroll.steps)
+        if ranks.device.type == "cuda":
+            self._prepare = partial(with_rounded_pairs, num_steps=config.unroll.steps, num_weights=weights.copy.numel())
+        else:
+            self._prepare = partial(with_pairs, num_steps=config.unroll.steps)
+        self.prepare = self._prepare
         self._head: TeacherHead | None = None
         self._graphed = GraphedStep(self._run)
         # gloo only adds.
@@ -73,22 +76,22 @@ class FusedScorer(Scorer):
 
     def __call__(self, batch: Batch) -> tuple[UnrollResult, Tensor]:
         """Scores a batch, as `Scorer` does, and leaves gradients alone."""
-        inputs, argmax_L, is_bad = self._inputs(batch)
-        return self._run(_on(inputs, self.device), argmax_L, with_gradients=False), is_bad
+        inputs, is_bad = self._inputs(batch)
+        return self._run(_on(inputs, self.device), with_gradients=False), is_bad
 
     def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:
         """As `Scorer` says; the gradients are in `weights.summed_grad`."""
-        inputs, argmax_L, is_bad = self._inputs(batch)
+        inputs, is_bad = self._inputs(batch)
+        is_short = self.device.type == "cuda" and pays_off(inputs.plan, num_weights=self._weights.copy.numel())
         pending: list[dist.Work] = []
         # The gradient of the head alone is a third of all, and is there before the recurrence goes back.
-        goes_early = self._ranks.world_size > 1 and is_first and is_last and not self._is_short(inputs.plan)
-        if self._is_short(inputs.plan):
+        goes_early = self._ranks.world_size > 1 and is_first and is_last and not is_short
+        if is_short:
             result = self._graphed(inputs)
         else:
             head_grad = self._weights.grad[self._weights.start_of_head :]
             result = self._run(
                 _on(inputs, self.device),
-                argmax_L,
                 on_head_gradient=(lambda: pending.append(self._exchange(head_grad))) if goes_early else None,
             )
         self._weights.collect_(is_first=is_first, is_last=is_last)
@@ -101,23 +104,21 @@ class FusedScorer(Scorer):
                 self._weights.summed_grad.div_(self._ranks.world_size)
         return result, is_bad
 
-    def _inputs(self, batch: Batch) -> tuple[StepInputs, Tensor | None, Tensor]:
-        """The step's inputs, their plan still on the host; the target's greedy tokens if known; whether any is bad."""
+    def _inputs(self, batch: Batch) -> tuple[StepInputs, Tensor]:
+        """The step's inputs, their plan still on the host, and whether any is not finite."""
         features, is_bad = self.features(batch)
-        if batch.pairs is None:
-            batch = with_pairs(batch, num_steps=self._num_steps)
         inputs = StepInputs(
-            plan=batch.pairs,
+            plan=batch.pairs or self._prepare(batch).pairs,
             input_ids_L=to_device(batch.input_ids_BT, self.device).flatten(),
             aux_LA=features.aux_BTA.to(self._weights.copy.dtype).flatten(0, 1),
             hidden_LE=features.hidden_BTE.flatten(0, 1),
+            argmax_L=None if features.argmax_BT is None else features.argmax_BT.flatten(),
         )
-        return inputs, None if features.argmax_BT is None else features.argmax_BT.flatten(), is_bad
+        return inputs, is_bad
 
     def _run(
         self,
         inputs: StepInputs,
-        argmax_L: Tensor | None = None,
         *,
         with_gradients: bool = True,
         on_head_gradient: Callable[[], None] | None = None,
@@ -126,20 +127,15 @@ class FusedScorer(Scorer):
             # Not before a checkpoint brought the vocabulary.
             self._head = TeacherHead(self.target.head_VE, self._draft.target_ids())
         hidden_ME = inputs.hidden_LE.index_select(0, inputs.plan.teacher_rows_M)
-        if argmax_L is None:
+        if inputs.argmax_L is None:
             teacher = self._head.teach(hidden_ME)
         else:
-            teacher = self._head.teach_known(hidden_ME, argmax_L[inputs.plan.teacher_rows_M])
+            teacher = self._head.teach_known(hidden_ME, inputs.argmax_L[inputs.plan.teacher_rows_M])
         return self._step(
             *(inputs.plan, inputs.input_ids_L, inputs.aux_LA, teacher),
             with_gradients=with_gradients,
             on_head_gradient=on_head_gradient,
         )
-
-    def _is_short(self, plan: PairPlan) -> bool:
-        if self.device.type != "cuda" or plan.num_sequences is None:
-            return False
-        return pays_off(self._weights.copy.numel(), num_pairs=len(plan.row_N) * self._num_steps)
 
     def _exchange(self, grad: Tensor) -> dist.Work:
         work: dist.Work | None = dist.all_reduce(

@@ -13,21 +13,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eagle3.data import Batch
 from eagle3.loss import StepCounts
-from eagle3.pairs import PairPlan, padded
+from eagle3.pairs import PairPlan, padded, with_pairs
 from eagle3.unroll import UnrollResult
 
 #: Shapes are rounded up to multiples of these, so that few graphs serve all batches; so many are kept.
 _ROWS, _PAIRS, _TEACHERS, _NUM_GRAPHS = 128, 512, 128, 48
 
 
-#: A step of fewer operations is over before the host has launched its kernels one by one (12 ms at 600 TFLOP/s).
-_SHORT = 7e12
+#: A step of fewer operations is over before the host has launched its kernels one by one, or soon after that (17 ms
+#: at 600 TFLOP/s).
+_SHORT = 1e13
 
 
-def pays_off(num_weights: int, *, num_pairs: int) -> bool:
-    """Whether a step is short enough for a graph: three products of each weight with each (row, step) pair."""
-    return 6 * num_weights * num_pairs < _SHORT
+def pays_off(plan: PairPlan, *, num_weights: int) -> bool:
+    """Whether a step is short enough for a graph: three products of each weight with each (row, step) pair.
+
+    Packed documents never are: their number is part of the shapes.
+    """
+    return plan.num_sequences is not None and 6 * num_weights * plan.supervised_SN.numel() < _SHORT
+
+
+def rounded(plan: PairPlan) -> PairPlan:
+    """The plan with what fills it up to one of few shapes, on the CPU; for the processes that prepare batches."""
+    num_all = len(plan.row_of_token_L)
+    return padded(
+        plan,
+        num_rows=min(num_all, _up(len(plan.row_N), _ROWS)),
+        num_pairs=_up(len(plan.step_P), _PAIRS),
+        num_teachers=min(num_all, _up(len(plan.teacher_rows_M), _TEACHERS)),
+    )
+
+
+def with_rounded_pairs(batch: Batch, *, num_steps: int, num_weights: int) -> Batch:
+    """The batch with its plan, rounded where a graph pays off."""
+    batch = with_pairs(batch, num_steps=num_steps)
+    assert batch.pairs is not None
+    return replace(batch, pairs=rounded(batch.pairs)) if pays_off(batch.pairs, num_weights=num_weights) else batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +62,27 @@ class StepInputs:
         input_ids_L: int64 token ids.
         aux_LA: Captured states, in the compute dtype.
         hidden_LE: Last hidden states of the target.
+        argmax_L: int64, the target's greedy token after each token, if known.
     """
 
     plan: PairPlan
     input_ids_L: Tensor
     aux_LA: Tensor
     hidden_LE: Tensor
+    argmax_L: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that differs between batches of one shape."""
+        known = [] if self.argmax_L is None else [self.argmax_L]
+        return [self.plan.flat, self.input_ids_L, self.aux_LA, self.hidden_LE, *known]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What batches must agree in to be run by one graph."""
+        plan = self.plan
+        sizes = (*plan.supervised_SN.shape, len(plan.step_P), len(plan.teacher_rows_M), len(plan.row_of_token_L))
+        return (*sizes, plan.num_sequences or 0, self.argmax_L is not None)
 
 
 class _Captured(NamedTuple):
@@ -54,7 +92,7 @@ class _Captured(NamedTuple):
 
 
 class GraphedStep:
-    """Runs a step through graphs, one for each set of shapes, made when it is first met.
+    """Runs a step through graphs, one for each set of shapes, made when it is first met: give it rounded plans.
 
     Args:
         run: The step; must not synchronise.
@@ -66,25 +104,15 @@ class GraphedStep:
         self._pool: Any = None
 
     def __call__(self, inputs: StepInputs) -> UnrollResult:
-        """Runs the step on inputs whose plan is still on the host."""
-        plan = inputs.plan
-        num_all, device = len(plan.row_of_token_L), inputs.aux_LA.device
-        num_rows = min(num_all, _up(len(plan.row_N), _ROWS))
-        num_pairs = _up(len(plan.step_P), _PAIRS)
-        num_teachers = min(num_all, _up(len(plan.teacher_rows_M), _TEACHERS))
-        plan = padded(plan, num_rows=num_rows, num_pairs=num_pairs, num_teachers=num_teachers).to(device)
-        inputs = replace(inputs, plan=plan)
-        key = (num_rows, num_pairs, num_teachers, plan.num_sequences or 0, num_all)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(inputs)
+        """Runs the step on inputs whose plan may still be on the host."""
+        if inputs.shape not in self._graphs:
+            self._graphs[inputs.shape] = self._capture(inputs)
             if len(self._graphs) > _NUM_GRAPHS:
                 self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        graph, static, result = self._graphs[key]
-        static.plan.flat.copy_(plan.flat)
-        static.input_ids_L.copy_(inputs.input_ids_L)
-        static.aux_LA.copy_(inputs.aux_LA)
-        static.hidden_LE.copy_(inputs.hidden_LE)
+        self._graphs.move_to_end(inputs.shape)
+        graph, static, result = self._graphs[inputs.shape]
+        for to, value in zip(static.tensors, inputs.tensors, strict=True):
+            to.copy_(value if value.is_cuda else value.pin_memory(), non_blocking=True)
         graph.replay()
         # The graph's own memory belongs to the next replay, of any graph.
         counts = StepCounts.from_tensor(result.counts.as_tensor())
@@ -92,10 +120,11 @@ class GraphedStep:
 
     def _capture(self, inputs: StepInputs) -> _Captured:
         inputs = StepInputs(
-            plan=inputs.plan,
+            plan=inputs.plan.to(inputs.aux_LA.device, copy=True),
             input_ids_L=inputs.input_ids_L.clone(),
             aux_LA=inputs.aux_LA.clone(),
             hidden_LE=inputs.hidden_LE.clone(),
+            argmax_L=None if inputs.argmax_L is None else inputs.argmax_L.clone(),
         )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -91,9 +91,10 @@ class PairPlan:
         """Where attention starts anew."""
         return Segments(starts=self.starts, longest=self.longest, num_sequences=self.num_sequences)
 
-    def to(self, device: torch.device) -> PairPlan:
+    def to(self, device: torch.device, *, copy: bool = False) -> PairPlan:
         """The plan on a device; a GPU fetches it while the host goes on."""
-        flat = self.flat.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else self.flat
+        flat = self.flat.pin_memory() if device.type == "cuda" and not self.flat.is_cuda else self.flat
+        flat = flat.to(device, non_blocking=True, copy=copy)
         return self._views(flat, self.parts, longest=self.longest, num_sequences=self.num_sequences)
 
 

@@ -1,7 +1,8 @@
 """Step 24: what the fused step keeps on its way forward, and the gradients on its way back.
 
 Shape suffixes: L = BT tokens of the batch, N rows that carry loss, S steps, J = S - 1 later steps, P pairs, H draft
-hidden, I intermediate, W projected width, U = 2K * d, Q query heads, K key and value heads, d head dimension.
+hidden, I intermediate, W projected width, U = 2K * d, Q query heads, K key and value heads, d head dimension, G partial
+sums.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ from torch import Tensor
 
 from eagle3.kernels.causal import CausalResult
 from eagle3.kernels.heads import HeadLayout
+from eagle3.kernels.norms import weight_gradient_parts
 from eagle3.pairs import PairPlan
 
 
+@dataclass(slots=True, kw_only=True)
 class NormGradients:
-    """Gradients of the norms' weights, added up in float32 or better."""
+    """Gradients of the norms' weights in parts (G, H), float32 or better, to which every use of a norm adds."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+    input_GH: Tensor
+    hidden_GH: Tensor
+    post_GH: Tensor
+    final_GH: Tensor
 
-    def add(self, kind: str, grad_H: Tensor | None) -> None:
-        """Adds the gradient of one use of a norm."""
-        assert grad_H is not None
-        self._sums[kind] = self._sums[kind] + grad_H if kind in self._sums else grad_H
-
-    def of(self, kind: str) -> Tensor:
-        """The sum over all uses of a norm."""
-        return self._sums[kind]
+    @classmethod
+    def allocate(cls, like_H: Tensor) -> NormGradients:
+        """Zeros for norms of the width and on the device of `like_H`."""
+        precise = torch.promote_types(torch.float32, like_H.dtype)
+        size = (4, weight_gradient_parts(like_H.device), len(like_H))
+        return cls(**dict(zip(cls.__slots__, like_H.new_zeros(size, dtype=precise).unbind(), strict=True)))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """RMS norms that end a residual addition, one or two of them on the same row, and their gradients.
 
-Shape suffixes: M rows, H width, R rows of a gathered or scattered tensor, G partial sums.
+Shape suffixes: M rows, H width, R rows of a gathered or scattered tensor, G partial sums over rows.
 """
 
 # Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
@@ -19,6 +19,11 @@ from eagle3.kernels._triton import jit, next_power_of_2, tl
 _NUM_PROGRAMS = 264
 
 
+def weight_gradient_parts(device: torch.device) -> int:
+    """G: how many partial sums over rows the gradient of a norm's weight consists of on a device."""
+    return _NUM_PROGRAMS if device.type == "cuda" else 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecondNorm:
     """A further norm of the same rows, whose results stand elsewhere.
@@ -27,11 +32,13 @@ class SecondNorm:
         weight_H: Its weight.
         out_RH: Where its results go, or where the gradient of its results is read.
         index_M: int32, the row of `out_RH` that belongs to each row; -1 for none.
+        grad_weight_GH: The gradient of its weight is added to it; None in the forward pass.
     """
 
     weight_H: Tensor
     out_RH: Tensor
     index_M: Tensor
+    grad_weight_GH: Tensor | None = None
 
 
 def add_rms_norm(
@@ -151,19 +158,22 @@ def rms_norm_backward(
     x_MH: Tensor,
     grad_normed_MH: Tensor | None,
     weight_H: Tensor,
+    grad_weight_GH: Tensor,
     *,
     eps: float,
     grad_sum_MH: Tensor | None = None,
     second: SecondNorm | None = None,
     rows: RowGradients | None = None,
     out_MH: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Tensor:
     """The gradient of `add_rms_norm` with respect to the sum and to the weights of its norms.
 
     Args:
         x_MH: The sum that was normed.
         grad_normed_MH: Gradient of the norm's result; None for zero.
         weight_H: Weight of the norm.
+        grad_weight_GH: float32 or better; the gradient of the weight is added to it, in `weight_gradient_parts` parts
+            whose sum is meant, so that the uses of a norm are summed up once.
         eps: As in the forward pass.
         grad_sum_MH: Gradient that reaches the sum past the norm; None for zero.
         second: The second norm of the forward pass, `out_RH` now its result's gradient.
@@ -171,41 +181,41 @@ def rms_norm_backward(
         out_MH: Where the gradient of the sum goes; a new tensor if None.
 
     Returns:
-        The gradient of the sum, (M, H); that of the weight and of the second weight (None without one), (H,) in
-        float32 or better.
+        The gradient of the sum, (M, H).
     """
     if not x_MH.is_cuda:
-        return _rms_norm_backward_twin(x_MH, grad_normed_MH, weight_H, eps, grad_sum_MH, second, rows, out_MH)
+        return _rms_norm_backward_twin(
+            x_MH, grad_normed_MH, weight_H, grad_weight_GH, eps, grad_sum_MH, second, rows, out_MH
+        )
     num_rows, width = x_MH.shape
     grad_MH = torch.empty_like(x_MH) if out_MH is None else out_MH
-    num_programs = max(1, min(_NUM_PROGRAMS, num_rows))
-    grad_weight_GH = torch.empty((num_programs, width), dtype=torch.float32, device=x_MH.device)
-    grad_second_GH = torch.empty_like(grad_weight_GH) if second else None
-    _rms_norm_backward_kernel[(num_programs,)](
-        *(x_MH, grad_normed_MH, grad_sum_MH, weight_H, grad_MH, grad_weight_GH),
-        *((second.weight_H, second.out_RH, second.index_M, grad_second_GH) if second else (None,) * 4),
-        *((rows.normed_RH, rows.sum_RH, rows.index_M) if rows else (None,) * 3),
-        *(num_rows, width, eps),
-        BLOCK=next_power_of_2(width),
-        HAS_NORMED=grad_normed_MH is not None,
-        HAS_SUM=grad_sum_MH is not None,
-        HAS_SECOND=second is not None,
-        HAS_ROWS=rows is not None,
-        num_warps=8,
-    )
-    return grad_MH, grad_weight_GH.sum(dim=0), grad_second_GH.sum(dim=0) if grad_second_GH is not None else None
+    if num_rows:
+        _rms_norm_backward_kernel[(min(_NUM_PROGRAMS, num_rows),)](
+            *(x_MH, grad_normed_MH, grad_sum_MH, weight_H, grad_MH, grad_weight_GH),
+            *((second.weight_H, second.out_RH, second.index_M, second.grad_weight_GH) if second else (None,) * 4),
+            *((rows.normed_RH, rows.sum_RH, rows.index_M) if rows else (None,) * 3),
+            *(num_rows, width, eps),
+            BLOCK=next_power_of_2(width),
+            HAS_NORMED=grad_normed_MH is not None,
+            HAS_SUM=grad_sum_MH is not None,
+            HAS_SECOND=second is not None,
+            HAS_ROWS=rows is not None,
+            num_warps=8,
+        )
+    return grad_MH
 
 
 def _rms_norm_backward_twin(
     x_MH: Tensor,
     grad_normed_MH: Tensor | None,
     weight_H: Tensor,
+    grad_weight_GH: Tensor,
     eps: float,
     grad_sum_MH: Tensor | None,
     second: SecondNorm | None,
     rows: RowGradients | None,
     out_MH: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Tensor:
     precise = torch.promote_types(torch.float32, x_MH.dtype)
     x = x_MH.to(precise)
     rstd_M1 = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
@@ -216,14 +226,14 @@ def _rms_norm_backward_twin(
         grad_normed = grad_normed + _gather(rows.normed_RH, rows.index_M).to(precise)
         grad_sum = grad_sum + _gather(rows.sum_RH, rows.index_M).to(precise)
     grad_hat = grad_normed * weight_H.to(precise)
-    grad_second_H = None
+    grad_weight_GH[0] += (grad_normed * hat_MH).sum(dim=0)
     if second is not None:
+        assert second.grad_weight_GH is not None
         grad_second = _gather(second.out_RH, second.index_M).to(precise)
         grad_hat = grad_hat + grad_second * second.weight_H.to(precise)
-        grad_second_H = (grad_second * hat_MH).sum(dim=0)
+        second.grad_weight_GH[0] += (grad_second * hat_MH).sum(dim=0)
     grad = grad_sum + rstd_M1 * (grad_hat - hat_MH * (grad_hat * hat_MH).mean(dim=-1, keepdim=True))
-    grad_MH = grad.to(x_MH.dtype) if out_MH is None else out_MH.copy_(grad)
-    return grad_MH, (grad_normed * hat_MH).sum(dim=0), grad_second_H
+    return grad.to(x_MH.dtype) if out_MH is None else out_MH.copy_(grad)
 
 
 def _gather(values_RH: Tensor, index_M: Tensor) -> Tensor:
@@ -261,10 +271,13 @@ def _rms_norm_backward_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    grad_second_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    # Each program adds to its own part, so the order of the sums is fixed.
+    own = program * width + column
+    grad_weight = tl.load(grad_weight_ptr + own, mask=inside, other=0.0)
+    grad_second_weight = grad_weight
     second_weight = weight
     if HAS_SECOND:
+        grad_second_weight = tl.load(grad_second_weight_ptr + own, mask=inside, other=0.0)
         second_weight = tl.load(second_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     for index in range(program, num_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
@@ -292,6 +305,6 @@ def _rms_norm_backward_kernel(
             grad_second_weight += grad_second * hat
         grad = grad_sum + rstd * (grad_hat - hat * (tl.sum(grad_hat * hat) / width))
         tl.store(grad_ptr + row * width + column, grad, mask=inside)
-    tl.store(grad_weight_ptr + program * width + column, grad_weight, mask=inside)
+    tl.store(grad_weight_ptr + own, grad_weight, mask=inside)
     if HAS_SECOND:
-        tl.store(grad_second_weight_ptr + program * width + column, grad_second_weight, mask=inside)
+        tl.store(grad_second_weight_ptr + own, grad_second_weight, mask=inside)

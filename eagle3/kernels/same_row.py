@@ -176,9 +176,9 @@ def same_row_backward_(
             KEYS=num_keys,
             GROUP=group,
             DIM=head_dim,
-            GROUP_BLOCK=next_power_of_2(group),
+            LATER_BLOCK=next_power_of_2(max(num_later, 1)),
             DIM_BLOCK=next_power_of_2(head_dim),
-            num_warps=2,
+            num_warps=1,
         )
 
 
@@ -203,39 +203,40 @@ def _same_row_backward_kernel(
     KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
+    LATER_BLOCK: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     key_head = tl.program_id(1)
     row = tl.load(row_ptr + n).to(tl.int64)
-    in_group = tl.arange(0, GROUP_BLOCK)
-    dim = tl.arange(0, DIM_BLOCK)
-    is_head = in_group < GROUP
-    is_dim = dim < DIM
-    inside = is_head[:, None] & is_dim[None, :]
-    head = key_head * GROUP + in_group
-    within = head[:, None] * DIM + dim[None, :]
-    full = row * KEYS * GROUP * DIM + within
-    here = n * KEYS * GROUP * DIM + within
-    q = tl.load(q_ptr + full, mask=inside, other=0.0).to(tl.float32)
-    grad_q = tl.load(grad_q_causal_ptr + full, mask=inside, other=0.0).to(tl.float32)
-    grad_out = tl.load(grad_out_ptr + here, mask=inside, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + here, mask=inside, other=0.0).to(tl.float32)
-    lse = tl.load(
-        lse_ptr + row // num_tokens * lse_stride + head * num_tokens + row % num_tokens, mask=is_head, other=0.0
-    )
-    delta = tl.sum(grad_out * out, axis=1)
-    for j in range(num_later):
-        own = ((j * num_rows + n) * KEYS + key_head) * DIM + dim
-        k = tl.load(k_ptr + own, mask=is_dim, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + own, mask=is_dim, other=0.0).to(tl.float32)
-        share = tl.exp(tl.sum(q * k[None, :], axis=1) * scale - lse)
-        grad_score = share * (tl.sum(grad_out * v[None, :], axis=1) - delta) * scale
-        # Lanes past the group hold zeros in q and grad_out, so they add nothing.
-        grad_q += grad_score[:, None] * k[None, :]
-        grad_k = tl.load(grad_k_ptr + own, mask=is_dim, other=0.0) + tl.sum(grad_score[:, None] * q, axis=0)
-        grad_v = tl.load(grad_v_ptr + own, mask=is_dim, other=0.0) + tl.sum(share[:, None] * grad_out, axis=0)
-        tl.store(grad_k_ptr + own, grad_k, mask=is_dim)
-        tl.store(grad_v_ptr + own, grad_v, mask=is_dim)
-    tl.store(grad_q_ptr + here, grad_q, mask=inside)
+    # Everything is a tile of (later steps, dimensions), so that no value changes its layout among threads and all later
+    # steps are loaded at once. What has no step is the same in every line of the tile, or stands in its first.
+    later = tl.arange(0, LATER_BLOCK)[:, None]
+    dim = tl.arange(0, DIM_BLOCK)[None, :]
+    is_dim = (dim < DIM) & (later >= 0)
+    is_own = (dim < DIM) & (later < num_later)
+    is_first = (dim < DIM) & (later == 0)
+    own = ((later * num_rows + n) * KEYS + key_head) * DIM + dim
+    k = tl.load(k_ptr + own, mask=is_own, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + own, mask=is_own, other=0.0).to(tl.float32)
+    grad_k = tl.load(grad_k_ptr + own, mask=is_own, other=0.0)
+    grad_v = tl.load(grad_v_ptr + own, mask=is_own, other=0.0)
+    for in_group in tl.static_range(GROUP):
+        head = key_head * GROUP + in_group
+        within = head * DIM + dim + 0 * later
+        full = row * KEYS * GROUP * DIM + within
+        here = n * KEYS * GROUP * DIM + within
+        q = tl.load(q_ptr + full, mask=is_dim, other=0.0).to(tl.float32)
+        grad_out = tl.load(grad_out_ptr + here, mask=is_dim, other=0.0).to(tl.float32)
+        out = tl.load(out_ptr + here, mask=is_first, other=0.0).to(tl.float32)
+        grad_q = tl.load(grad_q_causal_ptr + full, mask=is_first, other=0.0).to(tl.float32)
+        lse = tl.load(lse_ptr + row // num_tokens * lse_stride + head * num_tokens + row % num_tokens)
+        delta = tl.sum(tl.sum(grad_out * out, axis=1), axis=0)
+        share = tl.where(later < num_later, tl.exp(tl.sum(q * k, axis=1, keep_dims=True) * scale - lse), 0.0)
+        grad_score = share * (tl.sum(grad_out * v, axis=1, keep_dims=True) - delta) * scale
+        grad_q = tl.sum(grad_q + grad_score * k, axis=0, keep_dims=True) + 0.0 * later
+        tl.store(grad_q_ptr + here, grad_q, mask=is_first)
+        grad_k += grad_score * q
+        grad_v += share * grad_out
+    tl.store(grad_k_ptr + own, grad_k, mask=is_own)
+    tl.store(grad_v_ptr + own, grad_v, mask=is_own)

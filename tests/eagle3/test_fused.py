@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from eagle3.draft import Draft, draft_config
 from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
 from eagle3.fused import FusedStep
-from eagle3.graphs import GraphedStep, StepInputs
+from eagle3.graphs import GraphedStep, StepInputs, rounded
 from eagle3.pairs import padded, plan_pairs
 from eagle3.teacher import TeacherHead, teach
 from eagle3.unroll import TrainingTimeTest, plan_rows
@@ -239,7 +239,7 @@ def test_a_step_waits_for_nothing_and_its_graph_gives_the_same():
         plan = plan_pairs(plan_rows(batch["loss_mask_BT"], 3), num_sequences=2, num_tokens=400)
         inputs.append(
             StepInputs(
-                plan=plan,
+                plan=rounded(plan),
                 input_ids_L=batch["input_ids_BT"].cuda().flatten(),
                 aux_LA=batch["aux_BTA"].cuda().bfloat16().flatten(0, 1),
                 hidden_LE=batch["hidden_BTE"].cuda().bfloat16().flatten(0, 1),

@@ -7,7 +7,7 @@ import torch
 
 from eagle3.kernels.causal import Segments, causal_attention, causal_attention_backward
 from eagle3.kernels.heads import Angles, HeadLayout, place_keys_values, place_queries, sum_by_token, unrotate_
-from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward
+from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward, weight_gradient_parts
 from eagle3.kernels.optimizer import adamw_
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
 from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
@@ -54,15 +54,24 @@ def test_added_and_normed_rows_and_their_gradients(width):
     for move in (lambda tensor: tensor, on_gpu):
         out = move(torch.zeros(num_rows, width, dtype=torch.float64))
         second = SecondNorm(weight_H=move(weights[1]), out_RH=out, index_M=move(place))
+        parts = weight_gradient_parts(out.device)
+        grad_weights = [
+            torch.ones(parts, width, dtype=torch.promote_types(torch.float32, out.dtype), device=out.device)
+            for _ in range(2)
+        ]
         total, normed = add_rms_norm(move(x), move(add), move(weights[0]), eps=1e-5, second=second)
-        grads = rms_norm_backward(
-            *(move(x), move(grad_normed), move(weights[0])),
+        grad = rms_norm_backward(
+            *(move(x), move(grad_normed), move(weights[0]), grad_weights[0]),
             eps=1e-5,
             grad_sum_MH=move(grad_sum),
-            second=SecondNorm(weight_H=move(weights[1]), out_RH=move(some), index_M=move(place)),
+            second=SecondNorm(
+                weight_H=move(weights[1]), out_RH=move(some), index_M=move(place), grad_weight_GH=grad_weights[1]
+            ),
             rows=RowGradients(normed_RH=move(some), sum_RH=move(some), index_M=move(place)),
         )
-        outputs.append((total, normed, out, *grads))
+        # They are added to what is there.
+        grads = [grad_weight_GH.sum(dim=0) - parts for grad_weight_GH in grad_weights]
+        outputs.append((total, normed, out, grad, *grads))
     for expected, actual in zip(*outputs, strict=True):
         check(expected, actual)
 
