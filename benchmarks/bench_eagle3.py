@@ -53,10 +53,13 @@ class Work:
     steps: int
     supervised: float = 0.6
     mean_span: int = 400
+    mean_document: int | None = None
 
     @property
     def name(self) -> str:
         """What the table calls it."""
+        if self.mean_document is not None:
+            return f"{self.model} packed {self.tokens}, {self.steps} steps"
         share = "" if self.supervised == 0.6 else f", {self.supervised:.0%} supervised"
         return f"{self.model} {self.sequences}x{self.tokens}, {self.steps} steps{share}"
 
@@ -70,6 +73,7 @@ WORKS = [
     Work("W8B", 1, 2048, 7),
     Work("W8B", 1, 4096, 7),
     Work("W8B", 4, 2048, 7),
+    Work("W8B", 1, 8192, 7, mean_document=1000),
     Work("W8B", 1, 2048, 7, supervised=1.0),
     Work("W8B", 4, 2048, 7, supervised=1.0),
     Work("W1B", 4, 2048, 7),
@@ -77,6 +81,7 @@ WORKS = [
     Work("W1B", 8, 256, 7, mean_span=100),
     Work("W1B", 8, 256, 2, mean_span=100),
     Work("tiny", 2, 64, 3, mean_span=10),
+    Work("tiny", 1, 256, 3, mean_span=10, mean_document=40),
 ]
 
 
@@ -95,6 +100,17 @@ def spans(work: Work) -> Tensor:
         if abs(mask.float().mean() - work.supervised) < 0.005:
             return mask.view(work.sequences, work.tokens)
     raise AssertionError("no seed gives this share")
+
+
+def documents(work: Work) -> Tensor | None:
+    """Which document each token of a packed row belongs to, lengths drawn like those of answers."""
+    if work.mean_document is None:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    # Half of each mean is fixed: a document holds a prompt and an answer.
+    lengths = work.mean_document * (0.5 - 0.5 * torch.rand(work.tokens, generator=generator).log())
+    ends = lengths.long().cumsum(0)
+    return torch.bucketize(torch.arange(work.tokens), ends, right=True).expand(work.sequences, -1).contiguous()
 
 
 class Bench:
@@ -123,7 +139,7 @@ class Bench:
         self.draft.init_from_target_(embedding_VE=self.head_VE, head_VE=self.head_VE, draft_ids_D=ids)
         self.draft.embed_tokens.to(dtype)
         size = (work.sequences, work.tokens)
-        self.mask = spans(work)
+        self.mask, self.documents = spans(work), documents(work)
         self.ids = torch.randint(model.vocab, size, device=device, generator=generator)
         self.aux = torch.randn((*size, 3 * model.hidden), device=device, dtype=dtype, generator=generator)
         self.hidden = torch.randn((*size, model.hidden), device=device, dtype=dtype, generator=generator)
@@ -135,7 +151,7 @@ class Bench:
         step = FusedStep(self.draft, weights, num_steps=work.steps, deterministic=deterministic)
         optimizer = FlatAdamW(weights, lr=1e-4)
         head = TeacherHead(self.head_VE, self.draft.target_ids())
-        rows = plan_rows(self.mask, work.steps)
+        rows = plan_rows(self.mask, work.steps, documents_BT=self.documents)
         plan = plan_pairs(rows, num_sequences=work.sequences, num_tokens=work.tokens)
         has_graph = self.device.type == "cuda" and pays_off(plan, num_weights=weights.copy.numel())
         # As in a run of the trainer: plans are made where batches are, and come from the host.
@@ -175,10 +191,11 @@ class Bench:
         parameters = [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         mask = self.mask.to(self.device)
+        documents_BT = None if self.documents is None else self.documents.to(self.device)
 
         def run() -> Tensor:
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                result = unroll(self.ids, mask, self.aux, self.hidden, self.head_VE)
+                result = unroll(self.ids, mask, self.aux, self.hidden, self.head_VE, documents_BT)
             loss = result.loss_sum / result.weight_sum
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -256,12 +273,41 @@ def measure(step: Callable[[], Tensor], device: torch.device, seconds: float) ->
     }
 
 
+def profile(step: Callable[[], Tensor], num_steps: int = 3) -> dict[str, dict[str, float]]:
+    """Where a step's time goes on the GPU: milliseconds and launches by kind of kernel, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(num_steps):
+            step()
+        torch.cuda.synchronize()
+    found: dict[str, dict[str, float]] = {}
+    for event in profiler.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA or "#" in event.name:
+            continue
+        kind = next((kind for kind, marks in KERNELS.items() if any(mark in event.name for mark in marks)), "other")
+        entry = found.setdefault(kind, {"ms": 0.0, "launches": 0.0})
+        entry["ms"] += event.self_device_time_total / 1e3 / num_steps
+        entry["launches"] += 1 / num_steps
+    return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
+
+
 def versions(device: torch.device) -> dict[str, str]:
     """What the numbers were measured with."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
 
+
+#: Parts of the names of kernels, by what they are for; the first that fits counts.
+KERNELS = {
+    "AdamW": ("_adamw",),
+    "attention": ("sdpa", "fmha", "flash", "compute_dot_do_o", "convert_dq", "_merge_kernel", "_same_row"),
+    "loss": ("_soft_cross_entropy", "_row_stats"),
+    "norms": ("_rms_norm",),
+    "activation": ("_swiglu",),
+    "heads": ("_place_kernel", "_unrotate", "_sum_by_token"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "sm90_xmma"),
+    "copies": ("Memcpy", "Memset", "copy_kernel", "index"),
+}
 
 KINDS = {
     "ours": Bench.fused_step,
@@ -278,6 +324,7 @@ def main() -> int:
     parser.add_argument("--work", nargs="*", default=["W8B", "W1B"], help="models of the lines to run")
     parser.add_argument("--kinds", nargs="*", default=["ours", "known argmax", "floor"], choices=list(KINDS))
     parser.add_argument("--lines", nargs="*", type=int, help="indices of the lines to run")
+    parser.add_argument("--profile", action="store_true", help="also say which kernels the time goes to")
     parser.add_argument("--seconds", type=float, default=1.5, help="how long each measurement lasts at least")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -290,17 +337,23 @@ def main() -> int:
             continue
         for kind in options.kinds:
             bench = Bench(work, device, dtype)
-            found = measure(KINDS[kind](bench), device, options.seconds)
-            del bench
+            step = KINDS[kind](bench)
+            found = measure(step, device, options.seconds)
+            parts = profile(step) if options.profile and device.type == "cuda" else None
+            del bench, step
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             results.append({"work": asdict(work), "kind": kind, **found})
+            if parts is not None:
+                results[-1]["profile"] = parts
             print(
                 f"{work.name:<34} {kind:<14} {found['ms']:8.2f} {found['min_ms']:8.2f} {found['max_ms']:8.2f} "
                 f"{found['peak_gib']:9.2f} {found['loss']:8.4f}",
                 flush=True,
             )
+            for name, part in (parts or {}).items():
+                print(f"{'':<34} {name:<18} {part['ms']:8.2f} ms {part['launches']:6.0f} launches")
     if options.out:
         options.out.write_text(json.dumps({"versions": versions(device), "results": results}, indent=1) + "\n")
     return 0

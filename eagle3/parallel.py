@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from eagle3.config import ParallelConfig
 from eagle3.errors import ConfigError
 from eagle3.stopping import ends_with_parent
-from tiepolicy_fsdp2 import fully_shard
+from tiepolicy_fsdp2 import ShardOptions, fully_shard
 
 T = TypeVar("T")
 
@@ -98,12 +99,13 @@ class Ranks:
             message = {"message": {"message": sentence, "extraInfo": details}}
             Path(path).write_text(json.dumps(message), encoding="utf-8")
 
-    def distribute(self, module: nn.Module, config: ParallelConfig) -> nn.Module:
+    def distribute(self, module: nn.Module, config: ParallelConfig, *, precision: torch.dtype) -> nn.Module:
         """Spread a module over all processes, so that each parameter's gradient becomes the mean over them.
 
         Args:
             module: On this process's device; sharded in place where `config` says so. Frozen parameters stay whole.
             config: How.
+            precision: Of the matrix products. Shards travel in it where it is shorter than they are.
 
         Returns:
             What to call instead of the module; alone, the module itself.
@@ -118,7 +120,13 @@ class Ranks:
             return self._replicate(module)
         # Their gathering would cost as much as the target's own embedding, and no optimizer state hangs on them.
         frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
-        fully_shard(module, mesh=self._mesh(config), ignored_params=frozen)
+        options: ShardOptions = {"ignored_params": frozen}
+        if precision.itemsize < 4:
+            # Autocast would round the weights anyway. Gradients are summed as the masters are.
+            options["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        fully_shard(module, mesh=self._mesh(config), **options)
         return module
 
     def _replicate(self, module: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from eagle3.draft import Draft, draft_config
 from eagle3.errors import ConfigError
 from eagle3.flat import FlatWeights
 from eagle3.fused_scorer import FusedScorer, obstacle
-from eagle3.inputs import RunInputs, choose_vocab, open_inputs
+from eagle3.inputs import RunInputs, Target, choose_vocab, open_inputs
 from eagle3.loss import Objective
 from eagle3.metrics import METRICS as METRICS
 from eagle3.metrics import Measurement, MetricsLog, Sums
@@ -85,7 +85,7 @@ class _Run:
         self.request = request
         self.order = self._order_of(data)
         draft = self._make_draft()
-        self.scorer, optimizer = self._make_scorer_and_optimizer(draft)
+        self.scorer, optimizer = scorer_and_optimizer(draft, target, config=config, ranks=ranks)
         self.state = RunState(
             draft=draft,
             optimizer=optimizer,
@@ -238,32 +238,6 @@ class _Run:
         draft.share_embedding_(self.target.embedding_VE)
         return draft.to(self.ranks.device)
 
-    def _make_scorer_and_optimizer(self, draft: Draft) -> tuple[Scorer, DraftOptimizer]:
-        """The step by hand where it is faster and possible, else the one under autograd."""
-        config, ranks = self.config, self.ranks
-        precision = _precision(config, ranks.device)
-        reason = obstacle(config, draft)
-        kind = config.train.step or ("fused" if ranks.device.type == "cuda" and reason is None else "autograd")
-        if kind == "fused":
-            if reason is not None:
-                raise ConfigError(f"train.step is fused, but {reason}. Leave out train.step, or set it to autograd.")
-            weights = FlatWeights(draft, dtype=precision)
-            scorer = FusedScorer(self.target, draft, weights, config=config, ranks=ranks)
-            return scorer, FlatDraftOptimizer(draft, config.train, weights)
-        unroll = TrainingTimeTest(
-            draft,
-            num_steps=config.unroll.steps,
-            decay=config.unroll.decay,
-            objective=Objective(kind=config.unroll.loss, lk_decay=config.unroll.lk_decay),
-        )
-        distributed = ranks.distribute(unroll, config.parallel)
-        dtype = draft.fc.weight.dtype
-        # The optimizer comes after sharding, which puts other parameters into the draft.
-        return (
-            Scorer(self.target, distributed, device=ranks.device, precision=precision, dtype=dtype),
-            DraftOptimizer(draft, config.train),
-        )
-
     def _order_of(self, data: EncodedData) -> BatchOrder:
         return BatchOrder(
             data.num_rows,
@@ -303,6 +277,44 @@ class _Run:
         """How much of the run's data was seen; the last step of an epoch may count some of it twice."""
         share_of_epoch = min(1.0, num_seen / self.data.num_rows)
         return (self.state.progress.epoch + share_of_epoch) / self.config.train.epochs
+
+
+def scorer_and_optimizer(
+    draft: Draft, target: Target, *, config: RunConfig, ranks: Ranks
+) -> tuple[Scorer, DraftOptimizer]:
+    """The step by hand where it is faster and possible, else the one under autograd; and what moves the weights.
+
+    Args:
+        draft: On the run's device; spread over the processes as `config.parallel` says.
+        target: Gives the features.
+        config: Of the run.
+        ranks: The processes that learn together.
+
+    Raises:
+        ConfigError: If `train.step` asks for a step that this draft cannot take.
+    """
+    precision = _precision(config, ranks.device)
+    reason = obstacle(config, draft)
+    kind = config.train.step or ("fused" if ranks.device.type == "cuda" and reason is None else "autograd")
+    if kind == "fused":
+        if reason is not None:
+            raise ConfigError(f"train.step is fused, but {reason}. Leave out train.step, or set it to autograd.")
+        weights = FlatWeights(draft, dtype=precision)
+        scorer = FusedScorer(target, draft, weights, config=config, ranks=ranks)
+        return scorer, FlatDraftOptimizer(draft, config.train, weights)
+    unroll = TrainingTimeTest(
+        draft,
+        num_steps=config.unroll.steps,
+        decay=config.unroll.decay,
+        objective=Objective(kind=config.unroll.loss, lk_decay=config.unroll.lk_decay),
+    )
+    distributed = ranks.distribute(unroll, config.parallel, precision=precision)
+    dtype = draft.fc.weight.dtype
+    # The optimizer comes after sharding, which puts other parameters into the draft.
+    return (
+        Scorer(target, distributed, device=ranks.device, precision=precision, dtype=dtype),
+        DraftOptimizer(draft, config.train),
+    )
 
 
 def _precision(config: RunConfig, device: torch.device) -> torch.dtype:
