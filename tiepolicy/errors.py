@@ -64,6 +64,10 @@ class CheckpointError(TiePolicyError):
     """A checkpoint cannot be written, found or read."""
 
 
+class LostRankError(CheckpointError):
+    """Another rank of the run is gone while all ranks save or load together."""
+
+
 class UntrustedCheckpointError(CheckpointError):
     """A checkpoint asks for more than reading tensors: to run code, or to open files outside its folder."""
 

@@ -11,4 +11,5 @@ from tiepolicy_dcp._state import ModelState as ModelState
 from tiepolicy_dcp._state import OptimizerState as OptimizerState
 from tiepolicy_dcp._store import CheckpointStore as CheckpointStore
 from tiepolicy_dcp.errors import CheckpointError as CheckpointError
+from tiepolicy_dcp.errors import LostRankError as LostRankError
 from tiepolicy_dcp.errors import UntrustedCheckpointError as UntrustedCheckpointError

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tiepolicy_dcp._folder import flush_file, read_json, write_text
+from tiepolicy_dcp._files import write_safetensors
+from tiepolicy_dcp._folder import read_json, write_text
 from tiepolicy_dcp.errors import CheckpointError
 
 VALUES = "extra.json"
@@ -44,8 +45,7 @@ def pack_extra(extra: Mapping[str, Any]) -> Extra:
 def write_extra(folder: Path, extra: Extra) -> None:
     """Write both files; the one for tensors only if there are any."""
     if extra.tensors:
-        save_file(dict(extra.tensors), folder / TENSORS)
-        flush_file(folder / TENSORS)
+        write_safetensors(folder / TENSORS, extra.tensors)
     write_text(folder / VALUES, extra.values)
 
 

@@ -2,13 +2,17 @@
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Self, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tiepolicy_dcp._digests import Digest, FileRecord
+from tiepolicy_dcp._folder import flush_file, naming
+from tiepolicy_dcp.errors import CheckpointError
 
 #: How much may wait for the disk before a flush begins beside the writing.
 _FLUSH_BYTES = 1 << 25
@@ -30,12 +34,25 @@ def write_tensors(path: Path, tensors: Iterable[torch.Tensor]) -> Written:
             written.
     """
     places = []
-    with path.open("xb") as file, _Sink(file) as sink:
+    with naming(path), path.open("xb") as file, _Sink(file) as sink:
         for tensor in tensors:
             start = sink.num_bytes
             _save(_alone(tensor.detach().cpu()), sink)
             places.append((start, sink.num_bytes - start))
     return Written(places, sink.record())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file as other tools read it, and wait until it is on disk.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which is none of the system's errors, whatever its cause
+        raise CheckpointError(f"{path} could not be written: {error}. Nothing was kept") from error
+    flush_file(path)
 
 
 def _save(tensor: torch.Tensor, sink: "_Sink") -> None:
@@ -70,7 +87,9 @@ class _Sink:
             self._flush.join()
         if error is None:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self._wait_for_disk()
+            if self.error is not None:
+                raise self.error
 
     def write(self, data: bytes | memoryview) -> int:
         """Take some bytes."""
@@ -83,10 +102,15 @@ class _Sink:
         self.num_bytes += num_bytes
         if self.num_bytes - self._num_flushed >= _FLUSH_BYTES and not (self._flush and self._flush.is_alive()):
             self._num_flushed = self.num_bytes
-            # An error of the disk is found again by the last flush.
-            self._flush = threading.Thread(target=os.fsync, args=(self._file.fileno(),), daemon=True)
+            self._flush = threading.Thread(target=self._wait_for_disk, daemon=True)
             self._flush.start()
         return num_bytes
+
+    def _wait_for_disk(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:  # Linux says it once: the next flush of this file would succeed
+            self.error = error
 
     def flush(self) -> None:
         """Do nothing: `torch.save` asks after each tensor."""

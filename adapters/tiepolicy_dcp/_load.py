@@ -113,6 +113,12 @@ def _check(
     found: list[_Found] = []
 
     def check() -> None:
+        try:
+            look()
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read: {error}. Nothing was loaded") from error
+
+    def look() -> None:
         records = {} if verify == "off" else read_digests(folder)
         check_files(folder, records, sorted(records)[rank() :: num_ranks()], verify=verify)
         stored = StoredTensors(folder)

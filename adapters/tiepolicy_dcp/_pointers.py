@@ -22,11 +22,13 @@ POINTERS: Final = (LATEST, BEST)
 Pointer = Literal["LATEST", "BEST"]
 
 _FOLDER = ".pointers"
+#: How often a reader may lose a race against a writer; a pointer that is not there is looked for as often.
+_NUM_TRIES = 10
 
 
 def read_pointer(root: Path, pointer: Pointer) -> str | None:
     """The name that a pointer holds; None if there is no such pointer."""
-    for _ in range(2):  # a writer may remove the old target between the steps of following the links
+    for _ in range(_NUM_TRIES):  # a writer may remove the old target between the steps of following the links
         try:
             return (root / pointer).read_text(encoding="utf-8").strip()
         except FileNotFoundError:

@@ -1,13 +1,16 @@
 """Step 1, ranks: what one rank finds out, all ranks know before anybody goes on."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 import torch.distributed as dist
 
 from tiepolicy import TiePlan
 from tiepolicy.errors import PlanMismatchError
+from tiepolicy_dcp.errors import LostRankError
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -49,7 +52,8 @@ def on_all_ranks(step: Callable[[], T], *, group: dist.ProcessGroup | None = Non
         return [step()]
     outcome = _outcome(step)
     outcomes = [outcome] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
+    with all_present():
+        dist.all_gather_object(outcomes, outcome, group=group)
     return _results(outcomes)
 
 
@@ -58,24 +62,50 @@ def on_first_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = No
     return on_all_ranks(lambda: [step()] if is_first_rank(group) else [], group=group)[0][0]
 
 
-def through_first_rank(step: Callable[[], T], decide: Callable[[list[T]], list[U]]) -> U:
+def through_first_rank(
+    step: Callable[[], T], decide: Callable[[list[T]], list[U]], *, group: dist.ProcessGroup | None = None
+) -> U:
     """Run a step on every rank, hand all results to rank 0, and return to each rank what rank 0 decides for it.
 
-    As `on_all_ranks`, without every rank seeing the results of all.
+    As `on_all_ranks`, without every rank seeing the results of all: what they are grows with the number of ranks.
     """
-    if not is_distributed():
+    if group is None and not is_distributed():
         return decide([step()])[0]
     outcome = _outcome(step)
-    outcomes = [outcome] * num_ranks() if is_first_rank() else None
-    dist.gather_object(outcome, outcomes)
+    outcomes = [outcome] * dist.get_world_size(group) if is_first_rank(group) else None
+    with all_present():
+        dist.gather_object(outcome, outcomes, group=group)
     answers: list[Outcome[U]] = []
     if outcomes is not None:
         gathered = outcomes
         decided = _outcome(lambda: decide(_results(gathered)))
-        answers = [([], decided[1])] * num_ranks() if decided[1] else [([value], None) for value in decided[0][0]]
+        failed: Outcome[U] = ([], decided[1])
+        answers = [failed] * len(gathered) if decided[1] else [([value], None) for value in decided[0][0]]
     answer: list[Outcome[U]] = [([], None)]
-    dist.scatter_object_list(answer, answers)
+    with all_present():
+        dist.scatter_object_list(answer, answers, group=group)
     return _results(answer)[0]
+
+
+@contextmanager
+def all_present() -> Iterator[None]:
+    """Say in one sentence that a rank is gone, where ranks wait for each other.
+
+    Raises:
+        LostRankError: If the connection to another rank ends, or it does not answer within the group's timeout.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL has a class for it; gloo's errors are known by the file of its source that they name.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        cause = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0])
+        raise LostRankError(
+            f"another rank of this run is gone or cannot be reached ({cause}), and what all ranks do together cannot "
+            "be finished. Every checkpoint that has a name is whole: end the processes that remain, and start again "
+            "from the latest one"
+        ) from error
 
 
 def _outcome(step: Callable[[], T]) -> "Outcome[T]":

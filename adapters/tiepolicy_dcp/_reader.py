@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from tiepolicy import ChunkedTensor, TensorSpec, read_sharded_metadata
 from tiepolicy_dcp._archives import ArchiveReader
-from tiepolicy_dcp._ranks import is_distributed
+from tiepolicy_dcp._ranks import all_present, is_distributed
 from tiepolicy_dcp.errors import CheckpointError, UntrustedCheckpointError
 
 
@@ -89,7 +89,7 @@ def read_tensors(stored: StoredTensors, targets: Mapping[str, tuple[str, torch.T
     state: dict[str, Any] = {name: tensor for name, (_, tensor) in targets.items()}
     reader, planner = _SafeReader(stored, sources), _TensorLoadPlanner()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), all_present():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp_load(state, storage_reader=reader, planner=planner, no_dist=not is_distributed())
     except CheckpointException as error:

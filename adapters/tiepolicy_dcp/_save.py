@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
@@ -18,14 +17,22 @@ import tiepolicy
 from tiepolicy import Owners, TiePlan
 from tiepolicy_dcp._digests import FileRecord, measure, write_digests
 from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
-from tiepolicy_dcp._files import Written, write_tensors
-from tiepolicy_dcp._folder import discard, flush_file, prepare, publish, write_manifest, write_text
-from tiepolicy_dcp._ranks import agreed_plan, is_first_rank, on_all_ranks, on_first_rank, rank
+from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
+from tiepolicy_dcp._folder import discard, prepare, publish, write_manifest, write_text
+from tiepolicy_dcp._ranks import (
+    agreed_plan,
+    all_present,
+    is_first_rank,
+    on_all_ranks,
+    on_first_rank,
+    rank,
+    through_first_rank,
+)
 from tiepolicy_dcp._retention import RECORD
 from tiepolicy_dcp._stages import store_once
 from tiepolicy_dcp._state import ModelState, OptimizerState
 from tiepolicy_dcp._writer import AliasWriter, Share, data_file, divide
-from tiepolicy_dcp.errors import CheckpointError
+from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
 #: File of a checkpoint with the whole model as other tools read it.
 CONSOLIDATED = "model.safetensors"
@@ -150,14 +157,16 @@ def complete(
         written = write_tensors(path, share.tensors()) if write is None else write(path)
         return share.results(written), written.record
 
+    def finish(of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) -> list[Path]:
+        _finish(job, of_ranks)
+        return [job.folder] * len(of_ranks)
+
     try:
-        of_ranks = on_all_ranks(write_share, group=group)
-        on_first_rank(lambda: _finish(job, of_ranks), group=group)
+        return through_first_rank(write_share, finish, group=group)
     except (OSError, ValueError, RuntimeError) as error:
         if share.rank == 0:
             discard(job.unfinished)
         raise _as_checkpoint_error(job.folder, error) from error
-    return job.folder
 
 
 def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict[str, dict[str, torch.Tensor]]:
@@ -176,7 +185,8 @@ def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict
 def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
     """The whole model on the CPU of rank 0, without aliases; empty on other ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    with all_present():
+        gathered: dict[str, Any] = dict(get_model_state_dict(model, options=options))
     return plan.compact(gathered)
 
 
@@ -191,8 +201,7 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
         write_text(unfinished / RECORD, json.dumps(job.record, indent=1))
     if contents.whole is not None:
         tensors = {name: tensor.contiguous() for name, tensor in contents.whole.items()}
-        save_file(tensors, unfinished / CONSOLIDATED, metadata={"format": "pt"})
-        flush_file(unfinished / CONSOLIDATED)
+        write_safetensors(unfinished / CONSOLIDATED, tensors)
     records = {data_file(of_rank): record for of_rank, (_, record) in enumerate(of_ranks)}
     own = measure(path for path in unfinished.iterdir() if path.name not in records)
     write_digests(unfinished, {**records, **own})
@@ -200,6 +209,8 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
 
 
 def _as_checkpoint_error(folder: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, LostRankError):
+        return LostRankError(f"{folder} could not be finished: {error}")
     if isinstance(error, CheckpointError):
         return error
     return CheckpointError(f"{folder} could not be written: {type(error).__name__}: {error}. Nothing was kept")

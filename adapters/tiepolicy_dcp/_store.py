@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tiepolicy import Owners, TiePlan
+from tiepolicy.errors import TiePolicyError
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
 from tiepolicy_dcp._digests import Verify
 from tiepolicy_dcp._folder import delete, remove_leftovers
@@ -19,9 +20,12 @@ from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, move_pointe
 from tiepolicy_dcp._ranks import on_first_rank
 from tiepolicy_dcp._retention import Mode, Record, Retention, checked_metrics, is_checkpoint, read_records
 from tiepolicy_dcp._save import begin, collect, complete
-from tiepolicy_dcp.errors import CheckpointError
+from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
 logger = logging.getLogger("tiepolicy_dcp")
+
+#: How often a reader begins again because a writer deleted what was being read.
+_NUM_TRIES = 10
 
 
 class CheckpointStore:
@@ -56,6 +60,8 @@ class CheckpointStore:
         self.retention = Retention(keep_last=keep_last, keep_best=keep_best, metric=metric, mode=mode)
         self._lock = WriterLock(self.root)
         self._savers: dict[Worker, AsyncSaver] = {}
+        #: What was read of the checkpoints under the root since it was taken, on rank 0.
+        self._records: dict[str, Record] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -183,9 +189,26 @@ class CheckpointStore:
         external: Owners | None = None,
         verify: Verify = "full",
     ) -> Restored:
-        """Read what `resolve` finds, as `tiepolicy_dcp.load` does."""
-        folder = self.resolve(reference)
-        return load(folder, model=model, optimizer=optimizer, plan=plan, external=external, verify=verify)
+        """Read what `resolve` finds on rank 0, as `tiepolicy_dcp.load` does.
+
+        Reading takes no lock, so a writer may delete what is being read. What `LATEST` and `BEST` name is deleted only
+        once they name another checkpoint: reading then begins again with that one.
+
+        Raises:
+            CheckpointError: If a checkpoint of another name was deleted meanwhile, or as `tiepolicy_dcp.load` says.
+        """
+        for _ in range(_NUM_TRIES if str(reference) in POINTERS else 1):
+            folder = on_first_rank(lambda: self.resolve(reference))
+            try:
+                return load(folder, model=model, optimizer=optimizer, plan=plan, external=external, verify=verify)
+            except (TiePolicyError, OSError) as error:
+                if isinstance(error, LostRankError) or on_first_rank(folder.is_dir):
+                    raise
+                deleted = error
+        raise CheckpointError(
+            f"{folder} was deleted while it was read, as its writer keeps fewer checkpoints; the model may be filled "
+            f"in part. Load {LATEST}, or have the writer keep more"
+        ) from deleted
 
     def names(self) -> list[str]:
         """The whole checkpoints under the root, sorted by name."""
@@ -208,13 +231,15 @@ class CheckpointStore:
         raise CheckpointError(f"there is no checkpoint {str(reference)!r}: {self._inventory()}")
 
     def _pointed(self, pointer: Pointer) -> Path:
-        name = read_pointer(self.root, pointer)
+        name, before = read_pointer(self.root, pointer), None
+        while name is not None and name != before:
+            folder = self.root / name
+            if folder.parent == self.root and is_checkpoint(folder):
+                return folder
+            name, before = read_pointer(self.root, pointer), name  # a writer may have moved it, and deleted the old one
         if name is None:
             raise CheckpointError(f"there is no checkpoint to restore {pointer} from: {self._inventory()}")
-        folder = self.root / name
-        if folder.parent != self.root or not is_checkpoint(folder):
-            raise CheckpointError(f"{self.root / pointer} names {name!r}, which is not there: {self._inventory()}")
-        return folder
+        raise CheckpointError(f"{self.root / pointer} names {name!r}, which is not there: {self._inventory()}")
 
     def _begin(self, name: str, metrics: Mapping[str, float] | None) -> Record:
         """Rank 0: check the arguments, take the root, remove what killed saves left, and number the checkpoint."""
@@ -224,16 +249,25 @@ class CheckpointStore:
             )
         checked = checked_metrics(metrics)
         self._check_metric(name, None if metrics is None else checked)
+        try:
+            return Record(name=name, number=self._next_number(name), metrics=checked)
+        except OSError as error:
+            raise CheckpointError(f"{self.root} cannot take a checkpoint: {error}. Nothing was written") from error
+
+    def _next_number(self, name: str) -> int:
         if not self._lock.held:
             self._lock.acquire()
+            self._records = {}
         remove_leftovers(self.root)
-        numbers = {record.name: record.number for record in read_records(self.root)}
+        self._records.pop(name, None)
+        self._records = read_records(self.root, known=self._records)
+        numbers = {record.name: record.number for record in self._records.values()}
         latest = read_pointer(self.root, LATEST)
         published = 0 if latest is None else numbers.get(latest, math.inf)
         if numbers.get(name, 0) > published:  # its save was killed before LATEST could name it
             delete(self.root / name)
-            del numbers[name]
-        return Record(name=name, number=1 + max(numbers.values(), default=0), metrics=checked)
+            del numbers[name], self._records[name]
+        return 1 + max(numbers.values(), default=0)
 
     def _check_metric(self, name: str, metrics: Mapping[str, float] | None) -> None:
         metric, keep_best = self.retention.metric, self.retention.keep_best
@@ -247,14 +281,23 @@ class CheckpointStore:
 
     def _commit(self, name: str) -> None:
         """Rank 0: point to a published checkpoint, and delete what is not kept."""
-        records = read_records(self.root)
         names: dict[Pointer, str] = {LATEST: name}
-        ranked = self.retention.ranked(records)
-        if ranked:
-            names[BEST] = ranked[0].name
-        move_pointers(self.root, names)
-        for record in self.retention.doomed(records, pointed=names.values()):
-            delete(self.root / record.name)
+        try:
+            self._records = read_records(self.root, known=self._records)
+            ranked = self.retention.ranked(self._records.values())
+            if ranked:
+                names[BEST] = ranked[0].name
+            move_pointers(self.root, names)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.root / name} is whole, but {LATEST} may still name the checkpoint before it: {error}. Save "
+                "again, under the same name or another, once the disk can be written"
+            ) from error
+        for record in self.retention.doomed(self._records.values(), pointed=names.values()):
+            try:
+                delete(self.root / record.name)
+            except OSError as error:  # the new checkpoint is safe, so training need not end
+                logger.warning("%s is not kept, but could not be deleted: %s", self.root / record.name, error)
 
     def _inventory(self) -> str:
         names = self.names()

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from tiepolicy import TiePlan, View
 from tiepolicy_dcp._files import Written
+from tiepolicy_dcp._folder import METADATA, naming
 from tiepolicy_dcp._ranks import is_first_rank, rank, through_first_rank
 
 State = Mapping[str, Mapping[str, torch.Tensor]]
@@ -184,7 +185,8 @@ class AliasWriter(FileSystemWriter):
                 index = _index_within(name, result.index, entry.rows)
                 if index is not None:
                     further.append(replace(result, index=index))
-        super().finish(metadata, [*results, further])
+        with naming(Path(self.path) / METADATA):
+            super().finish(metadata, [*results, further])
 
 
 class _RowPlanner(DefaultSavePlanner):

@@ -134,8 +134,8 @@ def test_a_copy_that_followed_links_is_a_store_like_any_other(tmp_path):
 
 
 def test_a_damaged_record_is_named_before_anything_is_written(tmp_path):
-    store = CheckpointStore(tmp_path)
-    save_all(store, [1.0])
+    with CheckpointStore(tmp_path) as store:
+        save_all(store, [1.0])
     (tmp_path / "step_0" / "checkpoint.json").write_text(json.dumps({"number": 1}))
     with pytest.raises(CheckpointError, match=r"checkpoint.json is damaged: KeyError\('metrics'\). Delete step_0"):
         store.save("two", model=TiedPair())
