@@ -1,5 +1,6 @@
 """Step 7, pipelines: stages that own one half of a tie keep the two halves equal."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -22,8 +23,6 @@ class SharedTie(NamedTuple):
     parameter: nn.Parameter | None
     #: Names of the copies by rank of the default group, in the order of ranks.
     names: dict[int, str]
-    #: The ranks that own one, for collectives; None if this rank owns none.
-    group: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +78,9 @@ def tie_stages(
     if keep == "canonical":
         for canonical, tie in ties.shared.items():
             if tie.parameter is not None:
+                values = _of_all_owners(_local(tie.parameter), tie, group)
                 source = next((rank for rank, name in tie.names.items() if name == canonical), min(tie.names))
-                dist.broadcast(_local(tie.parameter), src=source, group=tie.group)
+                _local(tie.parameter).copy_(values[source])
     verify_stages(ties, step="being cut into stages")
     return ties
 
@@ -97,7 +97,9 @@ def sync_tied_gradients(ties: StageTies) -> None:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(_local(parameter.grad), group=tie.group)
+        gradient = _local(parameter.grad)
+        # Added in one order everywhere, so that every half gets the same bits.
+        gradient.copy_(functools.reduce(torch.add, _of_all_owners(gradient, tie, ties.group).values()))
 
 
 def verify_stages(ties: StageTies, *, step: str = "") -> None:
@@ -161,7 +163,6 @@ def _shared(
     plan: TiePlan, held: dict[str, nn.Parameter], everywhere: dict[int, dict[str, _Half]]
 ) -> dict[str, SharedTie]:
     shared: dict[str, SharedTie] = {}
-    groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     for tied in plan.groups:
         canonical = tied.canonical
         halves = {rank: found[canonical] for rank, found in sorted(everywhere.items()) if canonical in found}
@@ -182,16 +183,28 @@ def _shared(
                     names=[halves[first].name, half.name],
                 )
         names = {rank: half.name for rank, half in halves.items()}
-        mine = dist.get_rank() in names
-        owners = tuple(names)
-        if mine and len(owners) > 1 and owners not in groups:
-            made = dist.new_group(list(owners), use_local_synchronization=True)
-            assert isinstance(made, dist.ProcessGroup)  # torch answers with a number on ranks that are not in it
-            groups[owners] = made
-        shared[canonical] = SharedTie(
-            parameter=held[names[dist.get_rank()]] if mine else None, names=names, group=groups.get(owners)
-        )
+        mine = names.get(dist.get_rank())
+        shared[canonical] = SharedTie(parameter=None if mine is None else held[mine], names=names)
     return shared
+
+
+def _of_all_owners(mine: torch.Tensor, tie: SharedTie, group: dist.ProcessGroup | None) -> dict[int, torch.Tensor]:
+    """What each owner of a tie has of a tensor, by rank. Called by its owners.
+
+    They send it to each other in the group of the pipeline. A group of their own would be made with the stages between
+    them on the GPU, where torch splits it off from all ranks.
+    """
+    mine = mine.contiguous()
+    of_rank = {rank: mine if rank == dist.get_rank() else torch.empty_like(mine) for rank in tie.names}
+    transfers = [
+        dist.P2POp(operation, tensor, rank, group)
+        for rank, theirs in of_rank.items()
+        for operation, tensor in ((dist.isend, mine), (dist.irecv, theirs))
+        if theirs is not mine and mine.numel()
+    ]
+    for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+        transfer.wait()
+    return of_rank
 
 
 def _as_list(stages: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:

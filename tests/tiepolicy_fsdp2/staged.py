@@ -15,8 +15,6 @@ import tiepolicy
 import tiepolicy_dcp
 import tiepolicy_fsdp2
 
-NUM_MICROBATCHES = 2
-
 
 def whole_plan():
     with torch.device("meta"):
@@ -44,23 +42,21 @@ def grid():
 
 
 def run_steps(stage, mesh, schedule_class, *, sync, steps=range(STEPS), ties=None, optimizer=None):
-    """Real pipeline steps over microbatches, each data rank on its rows."""
+    """Real pipeline steps over as many microbatches as stages, each data rank on its rows."""
     group = mesh["pp"].get_group()
     index = mesh["pp"].get_local_rank()
-    pipeline_stage = PipelineStage(stage, index, 2, half(stage).device, group=group)
+    last = mesh["pp"].size() - 1
+    pipeline_stage = PipelineStage(stage, index, last + 1, next(stage.parameters()).device, group=group)
     losses: list[torch.Tensor] = []
 
     def loss(logits, ids):
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(1, 1).flatten())
 
-    schedule = schedule_class(pipeline_stage, NUM_MICROBATCHES, loss_fn=loss)
+    schedule = schedule_class(pipeline_stage, last + 1, loss_fn=loss)
     optimizer = optimizer or torch.optim.AdamW(stage.parameters(), lr=0.05)
     for step in steps:
         ids = batch(step).chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
-        if index == 0:
-            schedule.step(ids)
-        else:
-            schedule.step(target=ids, losses=losses)
+        schedule.step(*([ids] if index == 0 else []), **({"target": ids, "losses": losses} if index == last else {}))
         if sync:
             tiepolicy_fsdp2.sync_tied_gradients(ties)
         optimizer.step()
@@ -83,16 +79,8 @@ def piped(schedule_class):
     ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan(), group=mesh["pp"].get_group())
     run_steps(stage, mesh, schedule_class, sync=True, ties=ties)
     tiepolicy_fsdp2.verify_stages(ties, step="training")
-    reference = tower()
-    train(reference, alone=True)
-    expected = {name: tensor.detach() for name, tensor in reference.state_dict().items()}
-    far = max(distance(whole(parameter), expected[name]) for name, parameter in stage.named_parameters())
     embed, head = both(whole(half(stage)))
-    return {
-        "shared": sorted(ties.shared),
-        "weights": max(both(far)),
-        "equal": torch.equal(embed, head),
-    }
+    return trained_as_one(stage, ties) | {"equal": torch.equal(embed, head)}
 
 
 def one_forward_one_backward():
@@ -101,6 +89,31 @@ def one_forward_one_backward():
 
 def all_forward_all_backward():
     return piped(ScheduleGPipe)
+
+
+def a_stage_for_each_part():
+    """Four stages: those with the layers stand between those with the embedding and the head, and have a tie too."""
+    mesh = init_device_mesh(DEVICE, (4, 1), mesh_dim_names=("pp", "dp"))
+    stage, index = tower(), dist.get_rank()
+    stage.embed_tokens = stage.embed_tokens if index == 0 else None
+    stage.lm_head = stage.lm_head if index == 3 else None
+    for layer in {"0", "1"} - {str(index - 1)}:
+        del stage.layers[layer]
+    ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan())
+    run_steps(stage, mesh, Schedule1F1B, sync=True, ties=ties)
+    tiepolicy_fsdp2.verify_stages(ties, step="training")
+    return trained_as_one(stage, ties)
+
+
+def trained_as_one(stage, ties):
+    """How far the stages are from the whole model trained in one process."""
+    reference = tower()
+    train(reference, alone=True)
+    expected = {name: tensor.detach() for name, tensor in reference.state_dict().items()}
+    far = max(distance(whole(parameter), expected[name]) for name, parameter in stage.named_parameters())
+    everywhere = [far] * dist.get_world_size()
+    dist.all_gather_object(everywhere, far)
+    return {"shared": sorted(ties.shared), "weights": max(everywhere)}
 
 
 def today_without_sync():

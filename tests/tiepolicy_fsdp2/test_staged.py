@@ -32,7 +32,7 @@ def on_two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    cases = [*SCHEDULES, "save_and_load", "resume"]
+    cases = [*SCHEDULES, "a_stage_for_each_part", "save_and_load", "resume"]
     return results_of(RANKS, tmp_path_factory.mktemp("four"), cases, num_processes=4)
 
 
@@ -51,6 +51,13 @@ def test_synced_stages_train_as_one_process_does_and_stay_equal_to_the_bit(on_tw
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_that_are_sharded_train_as_one_process_does(on_four, schedule):
     check_synced(on_four[schedule])
+
+
+@pytest.mark.slow
+def test_stages_with_others_between_them_train_as_one_process_does(on_four):
+    result = on_four["a_stage_for_each_part"]
+    assert ["embed_tokens.weight", "layers.0.up.weight"] == result["shared"]
+    assert 1e-12 > result["weights"]
 
 
 def test_today_stages_drift_apart_without_a_word_and_are_found_here(on_two):
