@@ -95,18 +95,38 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(unfinished)
         if folder.exists():
             _keep(folder, unfinished)
-        for path in unfinished.iterdir():
-            _flush(path)
-        _flush(unfinished)
+        flush(unfinished)
         if folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
-        _flush(folder.parent)
+        _flush_one(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_model_(folder: Path) -> None:
+    """Take the files of a model out of a folder; what belongs to others stays."""
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink()
+
+
+def flush(folder: Path) -> None:
+    """Wait until the files of a folder, and their names, are on disk."""
+    for path in folder.iterdir():
+        _flush_one(path)
+    _flush_one(folder)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _by_file(index: Path) -> dict[str, set[str] | None]:
@@ -171,12 +191,3 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ import tiepolicy
 from tiepolicy import MANIFEST_KEY, Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError
 from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
-from tiepolicy_hf._folder import INDEX, replace_folder
+from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder
 
 _PATTERN = "model{suffix}.safetensors"
 
@@ -57,31 +57,35 @@ def save_pretrained(
         raise ObservationError(
             f"{type(model).__name__} is no transformers model; unwrap it, or save it with tiepolicy_dcp.save"
         )
-    policy = policy or Policy.from_entry_points()
-    return _save(
-        model, Path(folder).absolute(), dict(state_dict or model.state_dict()), policy, max_shard_size, _renamed
-    )
+    folder = Path(folder).absolute()
+    write = _writer(model, model.state_dict() if state_dict is None else state_dict, policy, max_shard_size, _renamed)
+    replace_folder(folder, write)
+    return folder
 
 
-def save_as_held(model: PreTrainedModel, folder: str | Path) -> Path:
-    """The same under the names that the live model has, where its checkpoints have others (experts apart, older names).
+def write_as_held(
+    model: PreTrainedModel, folder: Path, *, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write into a folder of others, under the names that the live model has where its checkpoints have others.
 
     For those who read it back by `load_state_dict`, as `transformers.Trainer` does; `from_pretrained` reads it too.
     """
-    policy = Policy.from_entry_points()
-    return _save(model, Path(folder).absolute(), model.state_dict(), policy, "50GB", lambda _, state: state)
+    write = _writer(model, model.state_dict() if state_dict is None else state_dict, None, "50GB", lambda _, kept: kept)
+    remove_model_(folder)
+    write(folder)
 
 
-def _save(
+def _writer(
     model: PreTrainedModel,
-    folder: Path,
-    state: dict[str, torch.Tensor],
-    policy: Policy,
+    state_dict: Mapping[str, torch.Tensor],
+    policy: Policy | None,
     max_shard_size: int | str,
     named: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-) -> Path:
+) -> Callable[[Path], None]:
+    """Decide all that there is to write; what is returned writes it into a folder."""
+    state = dict(state_dict)
     _check_data(state)
-    plan = policy.plan(model)
+    plan = (policy or Policy.from_entry_points()).plan(model)
     declared = declared_by(model)
     fixes = lasting(model.config, corrections(declared, plan))
     left_out = _derivable(plan, rebuilt_pairs(declared, fixes))
@@ -90,14 +94,13 @@ def _save(
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
 
-    def write(unfinished: Path) -> None:
-        config.save_pretrained(unfinished)
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder)
         if model.can_generate():
-            model.generation_config.save_pretrained(unfinished)
-        _write_weights(unfinished, stored, max_shard_size, _metadata(plan, stored))
+            model.generation_config.save_pretrained(folder)
+        _write_weights(folder, stored, max_shard_size, _metadata(plan, stored))
 
-    replace_folder(folder, write)
-    return folder
+    return write
 
 
 def _without(state: dict[str, torch.Tensor], left_out: set[str], plan: TiePlan) -> dict[str, torch.Tensor]:

@@ -1,20 +1,27 @@
 """Step 7, training: a callback under which every checkpoint of `transformers.Trainer` keeps the laws."""
 
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
 import tiepolicy
 from tiepolicy import TiePlan
 from tiepolicy.errors import CheckpointError
 from tiepolicy_hf._flags import correct_flags_
-from tiepolicy_hf._folder import find_weights
-from tiepolicy_hf._save import save_as_held
+from tiepolicy_hf._folder import find_weights, flush
+from tiepolicy_hf._save import save_pretrained, write_as_held
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+#: The last file that the trainer writes of a checkpoint.
+_STATE = "trainer_state.json"
+_ADAPTER = "adapter_model.safetensors"
 
 
 class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not annotated
@@ -22,13 +29,16 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
 
     - Before training, the model's flags are set right, so that nothing in the trainer ties a trained head.
     - Ties that held when training began hold at every save, or it stops with `BrokenTieError`.
-    - When the trainer has written a checkpoint, its weights are written once more as `tiepolicy_hf.save_pretrained`
-      does: the plan lies in their metadata, and the folder is exchanged as a whole. A checkpoint without a plan is one
-      that was not finished, and `last_checkpoint` passes over it.
-    - They have the names of the live model, by which the trainer resumes. Of a class whose checkpoints have other names
-      the trainer writes those, finds none of them when it resumes, and goes on from random weights with a warning.
+    - The trainer asks its model to save itself, by `model.save_pretrained(folder)`. From then on that model does it as
+      `tiepolicy_hf.save_pretrained` does, in checkpoints and in `trainer.save_model()`: weights are written once, with
+      the plan in their metadata. A call with options that ours has not is answered by transformers.
+    - In checkpoints, weights have the names of the live model, by which the trainer resumes. Of a class whose
+      checkpoints have other names the trainer alone writes those, finds none of them when it resumes, and goes on from
+      random weights with a warning.
+    - `last_checkpoint` passes over a checkpoint that the trainer did not finish.
 
-    For a model that each process holds whole (one process, or DDP). One that is sharded is saved with `tiepolicy_dcp`.
+    For a model that each process holds whole: one process, or DDP. A sharded one is saved with `tiepolicy_dcp`. Adapters
+    of PEFT are written by PEFT.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[TiePolicyCallback()])  # doctest: +SKIP
@@ -41,8 +51,7 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
     @override
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide what is tied, and set the flags of the model right."""
-        self._plan = tiepolicy.plan(kwargs["model"])
-        correct_flags_(kwargs["model"], self._plan)
+        self._take(kwargs["model"])
 
     @override
     def on_train_begin(
@@ -50,21 +59,54 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
     ) -> None:
         """See that moving, wrapping and resuming kept the ties."""
         self._verify(kwargs["model"], "the trainer prepared the model")
+        self._take(kwargs["model"])  # which `model_init` may have made anew
 
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the weights of the checkpoint that the trainer has just written by the policy; on the first rank."""
+        """See that the ties hold still, and that what all ranks wrote is on disk."""
         self._verify(kwargs["model"], f"step {state.global_step}")
-        if state.is_world_process_zero:
-            save_as_held(kwargs["model"], Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # each rank wrote the state of its random numbers
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():  # the trials of a search have folders of their own
+            flush(folder)
+
+    def _take(self, model: Any) -> None:
+        self._plan = tiepolicy.plan(model)
+        correct_flags_(model, self._plan)
+        if isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+            model.save_pretrained = functools.partial(_save_by_policy, model)
 
     def _verify(self, model: Any, after: str) -> None:
         if self._plan is not None:
             self._plan.verify(model, after=after)
 
 
+def _save_by_policy(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """What the trainer calls, in the place of the method of that name, under its signature."""
+    folder = Path(save_directory)
+    if options or (state_dict is not None and not state_dict):  # an empty one holds the place of what DeepSpeed writes
+        type(model).save_pretrained(
+            model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options
+        )
+    elif is_main_process and _CHECKPOINT.fullmatch(folder.name):
+        # Other ranks write into the folder at the same time, so that it cannot be exchanged. Until its last file is
+        # there, it is none that `last_checkpoint` takes.
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _STATE).unlink(missing_ok=True)
+        write_as_held(model, folder, state_dict=state_dict)
+    elif is_main_process:
+        save_pretrained(model, folder, state_dict=state_dict)
+
+
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a trainer that `TiePolicyCallback` finished; None if there is none.
+    """The newest checkpoint of a trainer with `TiePolicyCallback` that was finished; None if there is none.
 
     Args:
         output_dir: The trainer's `output_dir`.
@@ -78,10 +120,15 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         for path in (folder.iterdir() if folder.is_dir() else ())
         if (match := _CHECKPOINT.fullmatch(path.name))
     }
-    for _, path in sorted(steps.items(), reverse=True):
-        try:
-            if find_weights(path, allow_pickle=False).manifest is not None:
-                return str(path)
-        except CheckpointError:  # the trainer was killed while it wrote this one
-            continue
-    return None
+    return next((str(path) for _, path in sorted(steps.items(), reverse=True) if _is_finished(path)), None)
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    try:
+        tiepolicy.read_json(checkpoint / _STATE)
+        if (checkpoint / _ADAPTER).exists():
+            tiepolicy.read_header(checkpoint / _ADAPTER)
+            return True
+        return find_weights(checkpoint, allow_pickle=False).manifest is not None
+    except CheckpointError:  # the trainer was killed while it wrote this one
+        return False
