@@ -1,14 +1,17 @@
-"""Step 20, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+"""Step 21, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
+import itertools
+import traceback
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import pluggy
 import torch
 from torch import nn
 
-from tiepolicy import _claims, _rules, hookspecs
+from tiepolicy import _claims, _rules, _trace, hookspecs
 from tiepolicy._claims import Claim
 from tiepolicy._companions import Companion, companions_by_shape, joined
 from tiepolicy._conflict import Conflict, Missing, Moment, Resolution, unresolved
@@ -38,9 +41,12 @@ class Policy:
     def __init__(self, plugins: Iterable[object] = ()) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
+        self._is_traced = _trace.is_wanted()
+        if self._is_traced:
+            _trace.trace(self._manager)
         self._manager.register(_rules, name="built-in rules")
         for plugin in plugins:
-            self._manager.register(plugin)
+            self._manager.register(plugin, name=self._free_name(plugin))
 
     @staticmethod
     def from_entry_points() -> "Policy":
@@ -185,7 +191,7 @@ class Policy:
         A set is judged if a claim is about one of its names, or if a plugin decides claims or chooses names.
         """
         sets = facts.sharing()
-        if self._plugins_answer("tiepolicy_decide") or self._plugins_answer("tiepolicy_canonical"):
+        if self._asks_plugins("tiepolicy_decide") or self._asks_plugins("tiepolicy_canonical"):
             return [], sets
         claimed = {name for claim in claims for name in claim.names}
         groups, unsettled = [], []
@@ -199,7 +205,7 @@ class Policy:
 
     def _judge(self, claims: list[Claim], facts: Facts) -> tuple[list[Claim], list[RefusedClaim]]:
         accepted, refused = [], []
-        asks_plugins = self._plugins_answer("tiepolicy_decide")
+        asks_plugins = self._asks_plugins("tiepolicy_decide")
         for claim in claims:
             verdict = self._verdict(claim, facts) if asks_plugins else _rules.tiepolicy_decide(claim, facts)
             if verdict.is_alias:
@@ -265,16 +271,22 @@ class Policy:
         implementations = getattr(self._manager.hook, hook_name).get_hookimpls()
         return any(implementation.plugin is not _rules for implementation in implementations)
 
+    def _free_name(self, plugin: object) -> str:
+        """What errors and traces call a plugin: pluggy's own name for an object is a number."""
+        name = getattr(plugin, "__name__", None) or type(plugin).__name__
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return next(free for free in names if not self._manager.has_plugin(free))
+
+    def _asks_plugins(self, hook_name: str) -> bool:
+        """Whether a question goes through pluggy: a trace wants to see it even where only the built-in rules answer."""
+        return self._is_traced or self._plugins_answer(hook_name)
+
     def _culprit(self, hook: pluggy.HookCaller, error: Exception) -> str | None:
         """The name of the plugin whose implementation is on the error's traceback."""
-        codes = set()
-        traceback = error.__traceback__
-        while traceback is not None:
-            codes.add(traceback.tb_frame.f_code)
-            traceback = traceback.tb_next
-        for implementation in hook.get_hookimpls():
-            if getattr(implementation.function, "__code__", None) in codes:
-                return implementation.plugin_name
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for implementation in hook.get_hookimpls():
+                if _runs(frame, implementation.function):
+                    return implementation.plugin_name
         return None
 
     def _check_type(self, hook_name: str, answer: object, expected: type) -> None:
@@ -292,6 +304,13 @@ class Policy:
 def default_policy() -> Policy:
     """The policy of the module-level functions: built-in rules and installed plugins, loaded once."""
     return Policy.from_entry_points()
+
+
+def _runs(frame: FrameType, function: object) -> bool:
+    """Whether a frame is a call of a function, or of a method of its very object: two plugins may be of one class."""
+    owner = getattr(function, "__self__", None)
+    called = frame.f_code is getattr(function, "__code__", None)
+    return called and (owner is None or any(value is owner for value in frame.f_locals.values()))
 
 
 def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts) -> None:

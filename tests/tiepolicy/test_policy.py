@@ -189,10 +189,23 @@ def test_a_plugin_that_raises_is_named():
         def tiepolicy_claims(self):
             raise KeyError("tie_word_embeddings")
 
-    policy = Policy()
-    policy._manager.register(Broken(), name="acme-ties")
-    with pytest.raises(PluginError, match="tiepolicy_claims of the plugin acme-ties raised KeyError"):
-        policy.plan(TiedPair())
+    with pytest.raises(PluginError, match="tiepolicy_claims of the plugin Broken raised KeyError"):
+        Policy(plugins=[FlagTrusting(), Broken()]).plan(TiedPair())
+
+
+@pytest.mark.parametrize(("broken", "name"), [([True, False], "Picky"), ([False, True], "Picky-2")])
+def test_of_two_plugins_of_one_class_the_one_that_raises_is_named(broken, name):
+    class Picky:
+        def __init__(self, is_broken):
+            self.is_broken = is_broken
+
+        @hookimpl
+        def tiepolicy_claims(self):
+            if self.is_broken:
+                raise KeyError("registry")
+
+    with pytest.raises(PluginError, match=f"tiepolicy_claims of the plugin {name} raised KeyError"):
+        Policy(plugins=[Picky(is_broken) for is_broken in broken]).plan(TiedPair())
 
 
 def test_an_answer_of_the_wrong_type_is_refused():
