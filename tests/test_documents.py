@@ -11,6 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SOURCES = [ROOT, ROOT / "adapters"]
+WITH_EXAMPLES = [
+    ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__")
+    for source in SOURCES
+    for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2", "eagle3")
+    for path in sorted((source / package).rglob("*.py"))
+    if ">>> " in path.read_text()
+]
 
 
 def test_the_first_example_of_the_readme_prints_what_it_shows(tmp_path):
@@ -30,7 +38,8 @@ def test_the_file_tree_of_the_readme_names_every_module_of_the_core():
     assert [] == sorted(set(missing) - {"__init__.py"})
 
 
-@pytest.mark.parametrize("module", ["tiepolicy"])
-def test_examples_in_docstrings_run(module):
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_in_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     results = doctest.testmod(importlib.import_module(module))
     assert (0, True) == (results.failed, results.attempted > 0)

@@ -85,6 +85,16 @@ def tie(model: nn.Module, *, keep: Keep | None = None) -> TiePlan:
 
     Call it where a model is built: before it is sharded, and before its optimizer is made.
 
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(6, 2), "head": nn.Linear(2, 6, bias=False)})
+        >>> model.config = type("Config", (), {"tie_word_embeddings": True})
+        >>> model.get_input_embeddings = lambda: model["embed"]
+        >>> model.get_output_embeddings = lambda: model["head"]
+        >>> tied = tie(model, keep="canonical")
+        >>> model["head"].weight is model["embed"].weight, tied.canonical("head.weight")
+        (True, 'embed.weight')
+
     Args:
         model: The module to change.
         keep: "canonical" to give all names of a tie the value of the one that is stored. By default equal values need

@@ -130,6 +130,14 @@ class TiePlan:
         state was gathered, cloned or offloaded) is compared with it byte by byte and left out if equal. An external
         tensor is left out if the plan has its digest and the tensor still has that digest; it is read for that.
 
+        Example:
+            >>> import tiepolicy
+            >>> embed = torch.zeros(6, 2)
+            >>> state = {"embed.weight": embed, "head.weight": embed}
+            >>> plan = tiepolicy.plan(state)
+            >>> sorted(plan.compact(state))
+            ['embed.weight']
+
         Raises:
             TieConflictError: If tied names hold different values and no plugin resolves it.
             ExternalOwnerError: If a tensor of another model has changed since the plan was made.
@@ -156,6 +164,14 @@ class TiePlan:
         """Give every alias back whose canonical name is in the mapping; the inverse of `compact`.
 
         The tensors given back are the canonical ones or views of them: no memory is copied.
+
+        Example:
+            >>> import tiepolicy
+            >>> embed = torch.zeros(6, 2)
+            >>> plan = tiepolicy.plan({"embed.weight": embed, "head.weight": embed})
+            >>> full = plan.expand({"embed.weight": embed})
+            >>> full["head.weight"] is embed
+            True
 
         Args:
             compacted: What `compact` returned.
@@ -192,6 +208,18 @@ class TiePlan:
         What was one parameter must be one parameter: of two over one memory, each would have a gradient and an
         optimizer state. For all else (buffers, views, mappings, parameters that were two already when the plan was
         made) the memory decides.
+
+        Example:
+            >>> import tiepolicy
+            >>> embed = torch.zeros(6, 2)
+            >>> state = {"embed.weight": embed, "head.weight": embed}
+            >>> plan = tiepolicy.plan(state)
+            >>> plan.verify(state)
+            >>> try:
+            ...     plan.verify(state | {"head.weight": embed.clone()}, after="a conversion")
+            ... except BrokenTieError as error:
+            ...     print(str(error).split(":")[0])
+            head.weight and embed.weight were one tensor before a conversion and no longer are
 
         Args:
             model: The module or mapping to look at.
@@ -237,6 +265,13 @@ class TiePlan:
 
     def to_manifest(self) -> dict[str, Any]:
         """The plan as JSON-ready values; `from_manifest` reads it.
+
+        Example:
+            >>> import tiepolicy
+            >>> embed = torch.zeros(6, 2)
+            >>> plan = tiepolicy.plan({"embed.weight": embed, "head.weight": embed})
+            >>> TiePlan.from_manifest(json.dumps(plan.to_manifest())) == plan
+            True
 
         Raises:
             ManifestError: If a name cannot stand in a manifest, as it holds a path separator or control character.

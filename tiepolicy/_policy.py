@@ -34,6 +34,16 @@ class Policy:
     Instances share nothing. The built-in rules are asked last, so a plugin may claim, refuse, and choose names; it may
     not call one tensor what cannot be rebuilt.
 
+    Example:
+        >>> class Framework:
+        ...     @hookspecs.hookimpl
+        ...     def tiepolicy_canonical(self, group):
+        ...         return next((name for name in group if name.startswith("decoder.")), None)
+        >>> weight = torch.zeros(6, 2)
+        >>> plan = Policy(plugins=[Framework()]).plan({"embed": weight, "decoder.out": weight})
+        >>> plan.canonical("embed")
+        'decoder.out'
+
     Args:
         plugins: Objects or modules that implement hooks of `tiepolicy.hookspecs`.
     """

@@ -54,6 +54,16 @@ class Action:
 def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[Action]:
     """Hold the tensors of a checkpoint against a live plan.
 
+    Example:
+        A checkpoint that holds only the alias of a tie.
+
+        >>> import tiepolicy, torch
+        >>> embed = torch.zeros(6, 2)
+        >>> plan = tiepolicy.plan({"embed.weight": embed, "head.weight": embed})
+        >>> (action,) = reconcile(plan, {"head.weight": TensorSpec((6, 2), torch.float32)})
+        >>> str(action.kind), action.saved, action.name
+        ('load', 'head.weight', 'embed.weight')
+
     Args:
         plan: The plan of the model that is loaded into.
         saved: The plan in the checkpoint's manifest; or, for a checkpoint without one, shape and dtype of every

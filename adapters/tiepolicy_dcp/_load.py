@@ -53,6 +53,18 @@ def load(
     read from the tensor that is stored. Two parameters that were one when saved both get its optimizer state, and
     `Restored.optimizer_actions` says so.
 
+    Example:
+        >>> from tiepolicy_dcp import save
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(6, 2), "head": nn.Linear(2, 6, bias=False)})
+        >>> model["head"].weight = model["embed"].weight
+        >>> folder = save("tied", model=model, extra={"step": 7})
+        >>> untied = nn.ModuleDict({"embed": nn.Embedding(6, 2), "head": nn.Linear(2, 6, bias=False)})
+        >>> restored = load(folder, model=untied)
+        >>> restored.extra["step"], torch.equal(untied["head"].weight, model["embed"].weight)
+        (7, True)
+        >>> restored.actions[1].note
+        'head.weight and embed.weight were one tensor when saved; each gets its values'
+
     Args:
         folder: A checkpoint written by `save`, or a folder of plain DCP whose model lies under `model.`.
         model: What to load into, already materialised and sharded.

@@ -54,6 +54,13 @@ def save(
     there. Each tied tensor is written once and found under all its names; the plan lies beside DCP's metadata, as
     `manifest.json`.
 
+    Example:
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(6, 2), "head": nn.Linear(2, 6, bias=False)})
+        >>> model["head"].weight = model["embed"].weight
+        >>> folder = save("checkpoint", model=model)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['.metadata', '__0_0.distcp', 'digests.json', 'extra.json', 'manifest.json']
+
     Args:
         folder: A name that does not exist yet.
         model: What to save; sharded (DTensor) or replicated. The stages of a pipeline may each give their own, with

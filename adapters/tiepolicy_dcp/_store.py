@@ -34,6 +34,14 @@ class CheckpointStore:
     The first save takes the root for this process until `close`, the end of the `with` block, or the end of the
     process; another process that saves there is refused. Reading takes nothing. All ranks call the methods together.
 
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with CheckpointStore("run", keep_last=1, keep_best=1) as store:
+        ...     for step, length in [(1, 2.5), (2, 2.1), (3, 2.3)]:
+        ...         _ = store.save(f"step_{step}", model=model, metrics={"accept_length": length})
+        ...     store.names()
+        ['step_1', 'step_3']
+
     Args:
         root: Folder of the run's checkpoints; made by the first save.
         keep_last: How many of the newest checkpoints to keep.

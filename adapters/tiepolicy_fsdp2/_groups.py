@@ -41,6 +41,12 @@ def shard_groups(
 
     Changes nothing, needs no process group.
 
+    Example:
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(6, 2), "head": nn.Linear(2, 6, bias=False)})
+        >>> model["head"].weight = model["embed"].weight
+        >>> [group.paths for group in shard_groups(model, blocks=["embed", "head"])]
+        [('embed', 'head'), ('',)]
+
     Args:
         model: The module to shard.
         blocks: What to gather on its own, inner before outer or not; a sequence among them is one group.

@@ -41,6 +41,19 @@ def fully_shard(
     Takes the model's plan first and keeps it for `verify`. Two parameters over one memory (a tie through `.data`)
     become one. Works on the meta device; `materialize` gives the model its memory afterwards. Build the optimizer last.
 
+    Example:
+        In a script that torchrun starts; here, one process.
+
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        >>> model = nn.Sequential(nn.Embedding(6, 2), nn.Linear(2, 6, bias=False))
+        >>> model[1].weight = model[0].weight
+        >>> model = fully_shard(model, blocks=["0", "1"], mesh=mesh)
+        >>> model[1].weight is model[0].weight
+        True
+        >>> dist.destroy_process_group()
+
     Args:
         model: The whole module; changed in place, its class as well, as torch does it.
         blocks: What to gather on its own, as `shard_groups` takes it. The rest of the model is the last group.

@@ -38,6 +38,14 @@ def save_pretrained(
 
     The folder appears whole, or stays what it was; files in it that are no part of a model are kept.
 
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+        ...     num_attention_heads=1, tie_word_embeddings=True)
+        >>> folder = save_pretrained(LlamaForCausalLM(config), "model")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['config.json', 'generation_config.json', 'model.safetensors']
+
     Args:
         model: A model whose tensors this process holds whole.
         folder: Where to; replaced if it exists.

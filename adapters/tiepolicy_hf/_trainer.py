@@ -40,9 +40,10 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
     For a model that each process holds whole: one process, or DDP. A sharded one is saved with `tiepolicy_dcp`. Adapters
     of PEFT are written by PEFT.
 
-    Example:
-        >>> trainer = Trainer(model, args, callbacks=[TiePolicyCallback()])  # doctest: +SKIP
-        >>> trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))  # doctest: +SKIP
+    Example::
+
+        trainer = Trainer(model, args, callbacks=[TiePolicyCallback()])
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     """
 
     def __init__(self) -> None:
