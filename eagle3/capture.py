@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save
 
@@ -28,7 +27,7 @@ from eagle3.cache import (
     target_path,
 )
 from eagle3.errors import CacheError, NumericsError
-from eagle3.files import write_whole
+from eagle3.files import sole_writer, write_whole
 from eagle3.target import FrozenTarget
 from eagle3.tokens import EncodedData, Example
 from tiepolicy import format_bytes
@@ -180,11 +179,9 @@ def _only_writer(place: Path, part: int) -> Iterator[None]:
     if part != 0:
         yield
         return
-    try:
-        with FileLock(place / "lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise CacheError(f"{place} is being written by another run. Wait for it, or choose another folder.") from error
+    taken = CacheError(f"{place} is being written by another run. Wait for it, or choose another folder.")
+    with sole_writer(place / "lock", patience=0, otherwise=taken):
+        yield
 
 
 def _require_room(place: Path, num_bytes: int) -> None:

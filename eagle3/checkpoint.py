@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import tiepolicy
 from eagle3.config import CheckpointConfig, RunConfig
 from eagle3.draft import Draft
 from eagle3.errors import CheckpointError, DraftError
+from eagle3.files import write_in_run
 from eagle3.inputs import Target
 from eagle3.metrics import Measurement
 from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks
 from tiepolicy import Owners, TiePlan
-from tiepolicy.errors import DtypeMismatchError, ExternalOwnerError, TieConflictError
+from tiepolicy.errors import DtypeMismatchError, ExternalOwnerError, ShapeMismatchError, TieConflictError
+from tiepolicy_dcp import CheckpointError as StoreError
 from tiepolicy_dcp import CheckpointStore, PendingSave, Restored
 
 logger = logging.getLogger("eagle3")
@@ -34,6 +37,9 @@ DRAFT_CONFIG = "draft_config.json"
 
 #: The draft's embedding and, under the same name, that of the target as its owner.
 _EMBEDDING = "embed_tokens.weight"
+
+#: Settings that may change when a run is resumed, which then are named: they change what is learnt or measured.
+_TOLD = ("target.", "data.validation", "unroll.", "train.", "parallel.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,7 +118,7 @@ class RunCheckpoints:
                 "--checkpoint.restore_from LATEST, or choose another --out."
             )
 
-    def save(self, state: RunState, measurement: Measurement | None) -> None:
+    def save(self, state: RunState, measurement: Measurement | None, *, is_last: bool = True) -> None:
         """Write `epoch_E_step_S`, E being the epoch under way or just completed.
 
         A run that went back to an earlier checkpoint comes by the same names again; those are then `epoch_E_step_S-2`
@@ -121,7 +127,18 @@ class RunCheckpoints:
         Args:
             state: What to write.
             measurement: The draft's score on the validation data; without one, the checkpoint never becomes `BEST`.
+            is_last: Whether the run ends with it, so that there is nothing to continue whatever the config says.
+
+        Raises:
+            TiePolicyError: If it could not be written, or the one before it in the background.
         """
+        goes_on = self.config.on_error == "continue"
+        with self._disk_errors(survived=goes_on):
+            self._wait()
+        with self._disk_errors(survived=goes_on and not is_last):
+            self._save(state, measurement)
+
+    def _save(self, state: RunState, measurement: Measurement | None) -> None:
         progress = state.progress
         epoch = progress.epoch + (1 if progress.num_seen else 0)
         extra = {
@@ -134,7 +151,6 @@ class RunCheckpoints:
         metrics = None
         if measurement is not None:
             metrics = {"accept_length": measurement.accept_length, "loss": measurement.loss}
-        self.finish()
         name = self._free_name(f"epoch_{epoch}_step_{progress.step}")
         save = self.store.async_save if self.config.async_save else self.store.save
         saved = save(
@@ -159,14 +175,31 @@ class RunCheckpoints:
         return self._planned[1]
 
     def finish(self) -> None:
-        """Wait for a checkpoint that is being written in the background.
+        """Wait for the last checkpoint, if it is being written in the background.
 
         Raises:
             TiePolicyError: If it could not be written.
         """
+        with self._disk_errors(survived=False):
+            self._wait()
+
+    def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             logger.info("Saved checkpoint to %s", pending.result())
+
+    @contextmanager
+    def _disk_errors(self, *, survived: bool) -> Iterator[None]:
+        """Within the block, a checkpoint that cannot be written is a warning if it is survived, else one sentence."""
+        try:
+            yield
+        except (StoreError, OSError) as error:
+            if survived:
+                logger.warning("%s. Training goes on, as checkpoint.on_error is continue", error)
+            elif isinstance(error, OSError):
+                raise CheckpointError(f"A checkpoint could not be written to {self.store.root}: {error}.") from error
+            else:
+                raise
 
     def _free_name(self, name: str) -> str:
         # What the first process sees counts: another machine's view of a shared disk may lag behind.
@@ -198,6 +231,13 @@ class RunCheckpoints:
             )
         except ExternalOwnerError as error:
             raise CheckpointError(another_target) from error
+        except ShapeMismatchError as error:
+            if _EMBEDDING not in error.names:
+                raise
+            raise CheckpointError(
+                f"{folder} was trained beside a target of another target.dtype or shape than "
+                f"{state.config.target.model} in {state.config.target.dtype}: {error}."
+            ) from error
         try:
             progress, rng, saved_config = (restored.extra[key] for key in ("progress", "rng", "config"))
             digests = {key: restored.extra[key] for key in ("data_digest", "target_digest")}
@@ -210,9 +250,9 @@ class RunCheckpoints:
             raise CheckpointError(another_target)
         if digests["data_digest"] != state.data_digest:
             raise CheckpointError(
-                f"{folder} was trained on other data than this run has (data.train, data.max_length, or the target's "
-                "tokenizer or chat template changed), so its place in the data means nothing here. Resume with the "
-                "same data, or start a new run."
+                f"{folder} was trained on other data than this run has (data.train, data.max_length, data.packing, "
+                "or the target's tokenizer or chat template changed), so its place in the data means nothing here. "
+                "Resume with the same data, or start a new run."
             )
         state.optimizer.obey_config()
         if len(rng) == self.ranks.world_size:
@@ -294,7 +334,7 @@ def _check_settings(folder: Path, *, saved: Mapping[str, Any], now: Mapping[str,
             f"{folder} was started with other settings, which shaped its weights: {', '.join(fixed)}. Resume with the "
             "first of each, or start a new run."
         )
-    told = [change for name, change in changed.items() if name.startswith(("target.", "unroll.", "train."))]
+    told = [change for name, change in changed.items() if name.startswith(_TOLD)]
     if told:
         logger.warning("Settings changed since the checkpoint: %s", ", ".join(told))
 
@@ -309,9 +349,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def write_draft_config(out: Path, config: LlamaConfig) -> None:
-    """Keep the draft's config in the folder of its run."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / DRAFT_CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Keep the draft's config in the folder of its run.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    write_in_run(out / DRAFT_CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
 def read_draft_config(out: Path) -> LlamaConfig:

@@ -1,4 +1,4 @@
-"""Step 1: settings of a run: one frozen tree, typed, checked when it is built, read from YAML and dotted options."""
+"""Step 2: settings of a run: one frozen tree, typed, checked when it is built, read from YAML and dotted options."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from eagle3.errors import ConfigError
+from eagle3.files import write_in_run
 
 #: The settings of a run, in its folder.
 RUN_CONFIG = "run_config.json"
@@ -213,6 +214,8 @@ class CheckpointConfig:
         keep_last: Newest checkpoints that are kept; null for all.
         keep_best: Checkpoints with the longest accept length on `data.validation` that are kept as well; null for none.
         save_consolidated: Also write the draft as one `model.safetensors` in each checkpoint.
+        on_error: What to do when a checkpoint cannot be written, as on a full disk, and the run is not at its end:
+            `stop`, or warn and `continue` until the next one is due. Those before stay whole either way.
         async_save: Go on training while a checkpoint is written; takes room for a copy of it in memory.
         restore_from: `LATEST`, `BEST`, a checkpoint's name, or a path, to go on from; null to start afresh.
     """
@@ -221,6 +224,7 @@ class CheckpointConfig:
     keep_last: int | None = None
     keep_best: int | None = None
     save_consolidated: bool = False
+    on_error: Literal["stop", "continue"] = "stop"
     async_save: bool = False
     restore_from: str | None = None
 
@@ -269,8 +273,12 @@ class RunConfig:
 
 
 def write_run_config(out: str | Path, config: RunConfig) -> None:
-    """Keep the settings of a run in its folder, which must exist."""
-    (Path(out) / RUN_CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    """Keep the settings of a run in its folder.
+
+    Raises:
+        CheckpointError: They cannot be written.
+    """
+    write_in_run(Path(out) / RUN_CONFIG, json.dumps(asdict(config), indent=2) + "\n")
 
 
 def read_run_config(out: str | Path) -> RunConfig:

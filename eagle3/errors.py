@@ -26,7 +26,7 @@ class DraftError(Eagle3Error):
 
 
 class CheckpointError(Eagle3Error):
-    """A checkpoint of a run cannot be written where asked, or belongs to another run."""
+    """The folder of a run, or a checkpoint in it, cannot be written where asked, or belongs to another run."""
 
 
 class NumericsError(Eagle3Error):

@@ -1,5 +1,6 @@
-"""Step 3: small files that one run makes and the next one reads: whole or absent, made by one process at a time."""
+"""Step 1: small files that one run makes and the next one reads: whole or absent, made by one process at a time."""
 
+import errno
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -7,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from eagle3.errors import DataError
+from eagle3.errors import CheckpointError, DataError, Eagle3Error
 
 logger = logging.getLogger("eagle3")
 
@@ -90,6 +91,59 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line at the end of a file, whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    content = f"{line}\n".encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(content) < len(content):  # a part of it found room
+            os.truncate(path, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def write_in_run(path: Path, content: str) -> None:
+    """Writes a small file in the folder of a run, whole or not at all; makes the folder.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space or choose another --out."
+        ) from error
+
+
+@contextmanager
+def sole_writer(lock: Path, *, patience: float, otherwise: Eagle3Error) -> Iterator[None]:
+    """Within the block, no other process is in one for the same file; the kernel ends it with the process.
+
+    Args:
+        lock: A file, made if it is not there, as its folder is.
+        patience: Seconds to wait for another process.
+        otherwise: What to raise if it is still there then.
+
+    Raises:
+        OSError: The file cannot be made.
+    """
+    held = FileLock(lock)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=patience)
+    except Timeout as error:
+        raise otherwise from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _unwritable(path: Path, error: OSError) -> str:

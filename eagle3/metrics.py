@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eagle3.config import RunConfig
 from eagle3.errors import ConfigError
+from eagle3.files import append_line, write_in_run
 from eagle3.loss import StepCounts
 from eagle3.parallel import Ranks
+
+logger = logging.getLogger("eagle3")
 
 #: One JSON object per logged step, in the folder of the run.
 METRICS = "metrics.jsonl"
@@ -87,6 +93,8 @@ class Sums:
 class MetricsLog:
     """Writes measurements of the first process to its files, and to the trackers that the config names.
 
+    What cannot be written, as on a full disk, is a warning: no run ends for a line of numbers.
+
     Args:
         config: Of the run.
         ranks: Only the first writes.
@@ -107,11 +115,11 @@ class MetricsLog:
         """Begins after so many steps: what was written of later ones, which are taken again, is dropped."""
         if not self.is_writer:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, VALIDATION):
             _forget_after(self.out / name, step)
         if self.config.log.tensorboard:
-            self._tensorboard = SummaryWriter(str(self.out / TENSORBOARD), purge_step=step + 1)
+            with self._surviving("TensorBoard's numbers"):
+                self._tensorboard = SummaryWriter(str(self.out / TENSORBOARD), purge_step=step + 1)
         if self._wandb is not None:
             # One run of wandb for one folder, also when it is resumed.
             identity = self.out.absolute().as_posix().strip("/").replace("/", "-")[-64:]
@@ -134,7 +142,8 @@ class MetricsLog:
     def close(self) -> None:
         """Ends what `open` began."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self._surviving("TensorBoard's last numbers"):
+                self._tensorboard.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
 
@@ -144,15 +153,28 @@ class MetricsLog:
         if not self.is_writer:
             return
         entry = {"step": step, "epoch": epoch, **asdict(measurement), **numbers}
-        with (self.out / file_name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
         flat = _flatten(part, asdict(measurement) | numbers)
-        if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+        with self._surviving(f"The numbers of step {step}"):
+            append_line(self.out / file_name, json.dumps(entry))
+            # Its writer does not outlive an error: with no room for a line, it is not asked.
+            self._write_tensorboard(flat, step)
         if self._wandb_run is not None:
             self._wandb_run.log(flat, step=step)
+
+    def _write_tensorboard(self, flat: dict[str, float], step: int) -> None:
+        writer, self._tensorboard = self._tensorboard, None
+        if writer is not None:
+            for name, value in flat.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+            self._tensorboard = writer
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.warning("%s cannot be written to %s: %s", what, self.out, error.strerror or error)
 
 
 def _flatten(part: str, values: dict[str, Any]) -> dict[str, float]:
@@ -167,10 +189,12 @@ def _flatten(part: str, values: dict[str, Any]) -> dict[str, float]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    if kept != lines:
+        write_in_run(path, "".join(f"{line}\n" for line in kept))
 
 
 def _import_wandb() -> Any:

@@ -1,4 +1,4 @@
-"""Step 2: a YAML file and dotted options become typed settings, or one sentence about what is wrong with them."""
+"""Step 3: a YAML file and dotted options become typed settings, or one sentence about what is wrong with them."""
 
 import dataclasses
 import difflib

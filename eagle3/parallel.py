@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from eagle3.config import ParallelConfig
-from eagle3.errors import ConfigError
+from eagle3.errors import ConfigError, Eagle3Error
 from eagle3.stopping import ends_with_parent
 from tiepolicy_fsdp2 import ShardOptions, fully_shard
 
@@ -66,6 +66,18 @@ class Ranks:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def on_first(self, step: Callable[[], object]) -> None:
+        """Run a step in the first process; what it finds wrong with the input is raised in all of them."""
+        failure: Eagle3Error | None = None
+        if self.is_first:
+            try:
+                step()
+            except Eagle3Error as error:
+                failure = error
+        failure = self.gather(failure)[0]
+        if failure is not None:
+            raise failure
 
     def report(self, sentence: str, *, patience: timedelta = timedelta(seconds=20)) -> None:
         """Print to standard error why this process ends, and leave it for torchrun's own report.

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from eagle3.checkpoint import (
 from eagle3.config import RunConfig, write_run_config
 from eagle3.data import Batch, BatchOrder, batches
 from eagle3.draft import Draft, draft_config
-from eagle3.errors import ConfigError
+from eagle3.errors import CheckpointError, ConfigError
+from eagle3.files import sole_writer
 from eagle3.flat import FlatWeights
 from eagle3.fused_scorer import FusedScorer, obstacle
 from eagle3.inputs import RunInputs, Target, choose_vocab, open_inputs
@@ -37,6 +38,9 @@ from eagle3.unroll import TrainingTimeTest
 
 logger = logging.getLogger("eagle3")
 
+#: Seconds for which a run waits for another one to leave its folder.
+_PATIENCE = 3.0
+
 
 def train(config: RunConfig, ranks: Ranks) -> None:
     """Train a draft, from the start or from a checkpoint, until all epochs are completed or a signal asks to stop.
@@ -50,9 +54,10 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     """
     checkpoints = RunCheckpoints(config.out, ranks, config.checkpoint)
     metrics = MetricsLog(config, ranks)
-    if config.checkpoint.restore_from is None:
-        checkpoints.require_fresh()
     with ExitStack() as stack:
+        stack.enter_context(_only_trainer_of(config.out, ranks))
+        if config.checkpoint.restore_from is None:
+            checkpoints.require_fresh()
         stack.callback(checkpoints.close)
         stack.callback(metrics.close)
         stack.enter_context(_deterministic(config.train.deterministic))
@@ -115,8 +120,7 @@ class _Run:
             *(config.train.epochs, self.order.steps_per_epoch, self.num_steps),
             *(-(-config.train.warmup_ratio * self.num_steps // 1), config.train.lr, self.ranks.world_size),
         )
-        if self.ranks.is_first:
-            write_run_config(config.out, config)
+        self.ranks.on_first(lambda: write_run_config(config.out, config))
         self.metrics.open(step=progress.step)
         self.sums = Sums(config.unroll.steps, self.ranks)
         with self.display:
@@ -170,7 +174,8 @@ class _Run:
         if epoch_ends:
             progress.epoch, progress.num_seen = progress.epoch + 1, 0
         if saves:
-            self.checkpoints.save(self.state, measurement)
+            is_last = self.watch.stops or progress.epoch >= config.train.epochs
+            self.checkpoints.save(self.state, measurement, is_last=is_last)
             # What a line says of the speed is about training.
             self.sums = Sums(config.unroll.steps, self.ranks)
 
@@ -222,15 +227,16 @@ class _Run:
         out, target = Path(self.config.out), self.target
         if self.config.checkpoint.restore_from is not None:
             # Its weights and vocabulary come from the checkpoint.
-            return self._beside_target(Draft(read_draft_config(out)))
+            config = read_draft_config(out)
+            _require_layers(config.eagle_aux_hidden_state_layer_ids, target.layer_ids, out)
+            return self._beside_target(Draft(config))
         vocab = choose_vocab(self.inputs, self.config)
         config = draft_config(target.config, draft_vocab_size=vocab.size, options=self.config.draft)
         config.eagle_aux_hidden_state_layer_ids = list(target.layer_ids)
         torch.manual_seed(self.config.train.seed)
         draft = self._beside_target(Draft(config))
         draft.init_from_target_(embedding_VE=target.embedding_VE, head_VE=target.head_VE, draft_ids_D=vocab.ids_D)
-        if self.ranks.is_first:
-            write_draft_config(out, config)
+        self.ranks.on_first(lambda: write_draft_config(out, config))
         return draft
 
     def _beside_target(self, draft: Draft) -> Draft:
@@ -315,6 +321,37 @@ def scorer_and_optimizer(
         Scorer(target, distributed, device=ranks.device, precision=precision, dtype=dtype),
         DraftOptimizer(draft, config.train),
     )
+
+
+@contextmanager
+def _only_trainer_of(out: str, ranks: Ranks) -> Iterator[None]:
+    """Within the block, no other run trains in the folder. Called by all processes; the first one holds it for all."""
+    taken = CheckpointError(
+        f"Another run trains in {out} right now, and both would destroy each other's checkpoints and metrics. Wait for "
+        "it or end it, or choose another --out."
+    )
+    # The processes of a killed run need a moment to end.
+    lock = sole_writer(Path(out) / "train.lock", patience=_PATIENCE, otherwise=taken)
+    with ExitStack() as stack:
+
+        def take() -> None:
+            try:
+                stack.enter_context(lock)
+            except OSError as error:
+                raise CheckpointError(
+                    f"The folder of the run, {out}, cannot be written: {error.strerror or error}. Choose another --out."
+                ) from error
+
+        ranks.on_first(take)
+        yield
+
+
+def _require_layers(of_draft: Sequence[int], now: Sequence[int], out: Path) -> None:
+    if list(of_draft) != list(now):
+        raise CheckpointError(
+            f"The draft of {out} was trained on the inputs of layers {list(of_draft)}, but target.layers now gives "
+            f"{list(now)}. Resume with the layers that the run was started with, or start a new run."
+        )
 
 
 def _precision(config: RunConfig, device: torch.device) -> torch.dtype:

@@ -28,7 +28,7 @@ FLOW = {
     "tiepolicy_dcp": """errors _ranks _folder _digests _files _archives _reader _writer _state _extra _retention
         _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker _async _store __init__""",
     "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel _pipeline __init__",
-    "eagle3": """errors config options files conversations packing features tokens data vocab description target cache
+    "eagle3": """errors files config options conversations packing features tokens data vocab description target cache
         capture stopping parallel inputs teacher draft attention loss unroll flat pairs tape fused graphs optimizer
         metrics progress checkpoint step fused_scorer trainer embedded speculate finished evaluate reread
         export report demo estimate cli __main__ __init__""",

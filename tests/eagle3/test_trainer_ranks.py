@@ -114,6 +114,8 @@ def test_one_process_goes_on_with_the_data_where_two_stopped(folder, tmp_path, c
     last = 3 + (4 + 10) // batch_size
     assert list(range(4, last + 1)) == [entry["step"] for entry in actual]
     assert f"epoch 2 step {last}/{last}: loss" in caplog.text
+    said = "The checkpoint was written by 2 processes and is resumed by 1: random states start anew"
+    assert [said] == [message for message in caplog.messages if message.startswith("The checkpoint was written")]
     if batch_size == 2:
         assert near(metrics_of(folder / "whole")[3:]) == losses(actual)
     rates = [entry["lr"] for entry in actual]
