@@ -82,18 +82,20 @@ class FusedScorer(Scorer):
     def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:
         """As `Scorer` says; the gradients are in `weights.summed_grad`."""
         inputs, is_bad = self._inputs(batch)
-        is_short = self.device.type == "cuda" and pays_off(inputs.plan, num_weights=self._weights.copy.numel())
         pending: list[dist.Work] = []
-        # The gradient of the head alone is a third of all, and is there before the recurrence goes back.
-        goes_early = self._ranks.world_size > 1 and is_first and is_last and not is_short
-        if is_short:
+        # The gradient of the head alone is a third of all, and is there before the recurrence goes back. All processes
+        # send the same parts in the same order, whatever step their batches are worth.
+        goes_early = self._ranks.world_size > 1 and is_first and is_last
+
+        def send_head() -> None:
+            if goes_early:
+                pending.append(self._exchange(self._weights.grad[self._weights.start_of_head :]))
+
+        if self.device.type == "cuda" and pays_off(inputs.plan, num_weights=self._weights.copy.numel()):
             result = self._graphed(inputs)
+            send_head()
         else:
-            head_grad = self._weights.grad[self._weights.start_of_head :]
-            result = self._run(
-                _on(inputs, self.device),
-                on_head_gradient=(lambda: pending.append(self._exchange(head_grad))) if goes_early else None,
-            )
+            result = self._run(_on(inputs, self.device), on_head_gradient=send_head)
         self._weights.collect_(is_first=is_first, is_last=is_last)
         if is_last and self._ranks.world_size > 1:
             end = self._weights.start_of_head if goes_early else None
