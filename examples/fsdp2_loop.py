@@ -1,4 +1,4 @@
-"""FSDP2 with tied embeddings: made on the meta device, sharded, trained, saved, and read into a sharded and a whole model.
+"""FSDP2 with tied embeddings: made on the meta device, sharded, trained, saved, read into a sharded and a whole model.
 
 torchrun --nproc-per-node=2 examples/fsdp2_loop.py
 """

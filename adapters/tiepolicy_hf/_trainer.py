@@ -37,8 +37,8 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
       random weights with a warning.
     - `last_checkpoint` passes over a checkpoint that the trainer did not finish.
 
-    For a model that each process holds whole: one process, or DDP. A sharded one is saved with `tiepolicy_dcp`. Adapters
-    of PEFT are written by PEFT.
+    For a model that each process holds whole: one process, or DDP. A sharded one is saved with `tiepolicy_dcp`.
+    Adapters of PEFT are written by PEFT.
 
     Example::
 
