@@ -18,7 +18,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 import tiepolicy
 from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
-from tiepolicy.errors import MissingTensorError, ShapeMismatchError, TieConflictError, UntrustedCheckpointError
+from tiepolicy.errors import (
+    CheckpointError,
+    MissingTensorError,
+    ShapeMismatchError,
+    TieConflictError,
+    UntrustedCheckpointError,
+)
 from tiepolicy_hf._declared import FLAG, Declaration, declarations
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import find_weights
@@ -41,6 +47,8 @@ class _Evidence:
     noted: Mapping[str, str]
     #: Whether the file of the config says that nothing is tied; the flag of the config that was made of it may not.
     denied: bool
+    #: Where modules are put, by the beginning of their names; empty where the loader chooses.
+    places: Mapping[str, object]
     #: What the class made one tensor while it was built, before reading took it apart.
     built: TiePlan | None = None
     missing: set[str] = field(default_factory=set)
@@ -95,7 +103,15 @@ def from_pretrained(
     weights = find_weights(folder, allow_pickle=allow_pickle)
     recorded = None if weights.manifest is None else TiePlan.from_manifest(weights.manifest)
     denied = (folder / _CONFIG).exists() and tiepolicy.read_json(folder / _CONFIG).get(FLAG) is False
-    evidence = _Evidence(policy or Policy.from_entry_points(), on_conflict, recorded, weights.noted, denied)
+    device_map = kwargs.get("device_map")
+    evidence = _Evidence(
+        policy=policy or Policy.from_entry_points(),
+        on_conflict=on_conflict,
+        recorded=recorded,
+        noted=weights.noted,
+        denied=denied,
+        places=device_map if isinstance(device_map, Mapping) else {},
+    )
     concrete = _concrete(cls, folder, kwargs)
     try:
         model, info = _reading(concrete, evidence).from_pretrained(
@@ -138,11 +154,30 @@ def _reading(cls: type[_Model], evidence: _Evidence) -> Any:
             cls.tie_weights(self, missing_keys=missing_keys, recompute_mapping=recompute_mapping)
         if missing_keys is None:
             evidence.built = evidence.policy.plan(self)
+            _check_places(evidence.built, evidence.places)
         else:
             _tie_what_was_read_(self, missing_keys, evidence)
 
     namespace = {"tie_weights": tie_weights, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), namespace)
+
+
+def _check_places(plan: TiePlan, places: Mapping[str, object]) -> None:
+    for group in plan.groups:
+        place_of = {name: _place(name, places) for name in group.names}
+        for name, place in place_of.items():
+            if place != place_of[group.canonical]:
+                raise CheckpointError(
+                    f"device_map puts {group.canonical} on {place_of[group.canonical]} and {name} on {place}, but they "
+                    "are one tensor by the model's config: give both modules one place. Nothing was loaded",
+                    names=[group.canonical, name],
+                )
+
+
+def _place(name: str, places: Mapping[str, object]) -> object:
+    """What a device map says of a tensor: the entry of the innermost module around it."""
+    around = [module for module in places if not module or f"{name}.".startswith(f"{module}.")]
+    return places[max(around, key=len)] if around else None
 
 
 def _tie_what_was_read_(model: PreTrainedModel, missing: set[str], evidence: _Evidence) -> None:

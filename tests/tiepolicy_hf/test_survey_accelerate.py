@@ -1,10 +1,9 @@
 """Failures of the field in accelerate: ties it does not see, breaks, or makes again."""
 
-import inspect
-
 import pytest
 import torch
-from accelerate import Accelerator, init_empty_weights, load_checkpoint_in_model
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, init_empty_weights, load_checkpoint_in_model
 from accelerate.utils import find_tied_parameters
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors import safe_open
@@ -14,7 +13,7 @@ from transformers import LlamaForCausalLM
 import tiepolicy
 import tiepolicy_hf
 from models import TiedPair, tiny_llama
-from tiepolicy.errors import BrokenTieError, MissingTensorError
+from tiepolicy.errors import BrokenTieError, CheckpointError, MissingTensorError
 
 
 def is_tied(model):
@@ -47,11 +46,40 @@ def test_a_tie_that_init_empty_weights_broke_is_found_and_mended():
     assert broken.lm_head.weight is broken.embed_tokens.weight
 
 
+SPLIT = {"model": "cpu", "lm_head": "disk"}
+
+
 @pytest.mark.survey("T62")
-def test_a_tie_lies_on_one_device_whatever_the_map(tmp_path):
+@pytest.mark.parametrize("device_map", [SPLIT, {"": "cpu", "model.embed_tokens": "disk"}])
+def test_a_map_that_splits_a_tie_is_refused(device_map, tmp_path):
+    """Today a part on disk ends in a KeyError or a ValueError on another tensor, a second GPU in a second copy."""
     folder = tiepolicy_hf.save_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path / "model")
-    for device_map in ({"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}, "auto"):
-        assert is_tied(tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder, device_map=device_map))
+    options = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+    with pytest.raises((KeyError, ValueError), match="^'lm_head.weight'$|^weight is on the meta device"):
+        LlamaForCausalLM.from_pretrained(folder, **options)
+    places = ("cpu", "disk") if device_map is SPLIT else ("disk", "cpu")
+    expected = (
+        f"device_map puts model.embed_tokens.weight on {places[0]} and lm_head.weight on {places[1]}, but they are one "
+        "tensor by the model's config: give both modules one place. Nothing was loaded"
+    )
+    with pytest.raises(CheckpointError) as caught:
+        tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder, **options)
+    assert expected == str(caught.value)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_a_tie_lies_where_the_map_puts_both(device_map, tmp_path):
+    folder = tiepolicy_hf.save_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path / "model")
+    assert is_tied(tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder, device_map=device_map))
+
+
+def test_what_is_apart_may_lie_apart(tmp_path):
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "model")
+    options = {"device_map": SPLIT, "offload_folder": tmp_path / "offloaded"}
+    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path / "model", **options)
+    ids = torch.tensor([[5, 20, 7]])
+    assert torch.allclose(model(ids).logits, loaded(ids).logits, atol=1e-6)
 
 
 @pytest.mark.survey("T71")
@@ -72,16 +100,36 @@ def test_a_file_without_a_trace_of_its_alias_is_read_by_the_declaration_or_refus
         tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
 
 
+@pytest.fixture
+def process_group():
+    dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.survey("T74")
-def test_accelerates_tying_again_leaves_apart_what_was_loaded_apart(tmp_path):
-    """It calls `tie_weights()` on what it is given, which reads the flag of the config."""
-    assert "model.tie_weights()" in inspect.getsource(fsdp2_prepare_model)
+def test_accelerates_preparation_for_fsdp2_leaves_apart_what_was_loaded_apart(tmp_path, process_group, monkeypatch):
+    """It calls `tie_weights()` on what it is given, twice, which reads the flag of the config."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    accelerator = Accelerator(cpu=True)
+    # The rest of Accelerator leaves FSDP out where there is no GPU; the function does not.
+    monkeypatch.setattr(accelerator.state, "fsdp_plugin", wrapping_layers(), raising=False)
     model = tiny_llama(tie_word_embeddings=True)
     model.lm_head.weight = nn.Parameter(torch.full_like(model.lm_head.weight, 2.0))
     model.save_pretrained(tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert {2.0} == set(theirs.lm_head.weight.flatten().tolist())
     ours = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path, on_conflict="untie")
-    theirs.tie_weights()
-    ours.tie_weights()
-    assert [(True, True), (False, False)] == [(is_tied(m), m.config.tie_word_embeddings) for m in (theirs, ours)]
-    assert {2.0} == set(ours.lm_head.weight.flatten().tolist())
+    heads = [fsdp2_prepare_model(accelerator, model).lm_head.weight.full_tensor() for model in (theirs, ours)]
+    assert torch.equal(model.model.embed_tokens.weight, heads[0]), "today the trained head is gone"
+    assert {2.0} == set(heads[1].flatten().tolist())
+    assert (False, False) == (is_tied(ours), ours.config.tie_word_embeddings)
+
+
+def wrapping_layers():
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        cpu_ram_efficient_loading=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import LlamaForCausalLM
 
+import tiepolicy
 import tiepolicy_hf
 from models import tiny_llama
-from tiepolicy.errors import MissingTensorError
+from tiepolicy.errors import MissingTensorError, TieConflictError
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -96,16 +97,25 @@ def test_a_gathered_state_dict_is_written_once(tmp_path):
 
 
 @pytest.mark.survey("E01")
-def test_a_state_that_lost_its_tied_names_is_completed_and_one_that_lost_more_is_refused(tmp_path):
-    """What DeepSpeed's zero_to_fp32 leaves out are names of tied tensors, by addresses that prove nothing."""
+def test_a_state_that_lost_tied_names_is_completed_or_refused_and_never_left_random(tmp_path):
+    """As by DeepSpeed's zero_to_fp32: it drops some or all of them, or recovers the values of another tensor."""
     model = tied()
-    recovered = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != HEAD}
     model.config.save_pretrained(tmp_path)
-    save_file(recovered, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(model.lm_head.weight, tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path).lm_head.weight)
-    del recovered[EMBED]
-    save_file(recovered, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    def recover(**tensors):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in (EMBED, HEAD)}
+        save_file(state | tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    recover(**{EMBED: model.lm_head.weight.detach()})
+    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
+    assert torch.equal(model.lm_head.weight, loaded.lm_head.weight)
+    recover()
+    assert not torch.equal(model.lm_head.weight, LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight)
     with pytest.raises(MissingTensorError, match=r"^lm_head.weight \(96, 16\) \(and 1 more\) is not in"):
+        tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
+    recover(**{EMBED: model.lm_head.weight.detach(), HEAD: torch.zeros(96, 16)})
+    assert 0 == LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight.count_nonzero()
+    with pytest.raises(TieConflictError, match=r"^lm_head.weight and model.embed_tokens.weight are one tensor by the"):
         tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
 
 
@@ -130,20 +140,28 @@ def lora_on_the_head(model):
 
 @pytest.mark.survey("T57")
 @pytest.mark.filterwarnings("ignore")
-def test_a_head_untied_before_lora_is_merged_leaves_the_embedding_alone(tmp_path):
+def test_lora_on_a_tied_head_is_in_the_plan_and_once_untied_merges_into_the_head_alone(tmp_path):
     """Today merging into a tied head changes the embedding with it, and the logits."""
     ids = torch.tensor([[5, 20, 7]])
     adapted = lora_on_the_head(tied())
-    before = adapted(ids).logits
-    assert (adapted.merge_and_unload()(ids).logits - before).abs().max() > 1e-3
-    model = tied()
+    (group,) = tiepolicy.plan(adapted).groups
+    assert {f"base_model.model.{EMBED}", "base_model.model.lm_head.base_layer.weight"} == set(group.names)
+    before, embedding = adapted(ids).logits, adapted.get_input_embeddings().weight.detach().clone()
+    merged = adapted.merge_and_unload()
+    assert not torch.equal(embedding, merged.model.embed_tokens.weight)
+    assert (merged(ids).logits - before).abs().max() > 1e-3
+
+    folder = tiepolicy_hf.save_pretrained(tied(), tmp_path / "base")
+    model = tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     adapted = lora_on_the_head(model)
-    before = adapted(ids).logits
-    folder = tiepolicy_hf.save_pretrained(adapted.merge_and_unload(), tmp_path / "model")
-    loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder)
-    assert torch.allclose(before, loaded(ids).logits, atol=1e-5)
-    assert not is_tied(loaded)
+    assert () == tiepolicy.plan(adapted).groups
+    before, embedding = adapted(ids).logits, model.model.embed_tokens.weight.detach().clone()
+    folder = tiepolicy_hf.save_pretrained(adapted.merge_and_unload(), tmp_path / "merged")
+    for loaded in (LlamaForCausalLM.from_pretrained(folder), tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder)):
+        assert torch.allclose(before, loaded(ids).logits, atol=1e-5)
+        assert torch.equal(embedding, loaded.model.embed_tokens.weight)
+        assert (False, False) == (is_tied(loaded), loaded.config.tie_word_embeddings)
 
 
 class Doubled(nn.Module):
