@@ -154,7 +154,7 @@ def _reading(cls: type[_Model], evidence: _Evidence) -> Any:
             cls.tie_weights(self, missing_keys=missing_keys, recompute_mapping=recompute_mapping)
         if missing_keys is None:
             evidence.built = evidence.policy.plan(self)
-            _check_places(evidence.built, evidence.places)
+            _check_places(self, evidence)
         else:
             _tie_what_was_read_(self, missing_keys, evidence)
 
@@ -162,16 +162,18 @@ def _reading(cls: type[_Model], evidence: _Evidence) -> Any:
     return type(cls.__name__, (cls,), namespace)
 
 
-def _check_places(plan: TiePlan, places: Mapping[str, object]) -> None:
-    for group in plan.groups:
-        place_of = {name: _place(name, places) for name in group.names}
-        for name, place in place_of.items():
-            if place != place_of[group.canonical]:
-                raise CheckpointError(
-                    f"device_map puts {group.canonical} on {place_of[group.canonical]} and {name} on {place}, but they "
-                    "are one tensor by the model's config: give both modules one place. Nothing was loaded",
-                    names=[group.canonical, name],
-                )
+def _check_places(model: PreTrainedModel, evidence: _Evidence) -> None:
+    if evidence.on_conflict == "untie" or not evidence.places:
+        return
+    names = _Names(model, set())
+    for (source, alias), force in _pairs(model, evidence).items():
+        here, there = (_place(name, evidence.places) for name in (source, alias))
+        if here != there and force is _Force.BINDING and names.could_be_one(source, alias):
+            raise CheckpointError(
+                f"device_map puts {source} on {here} and {alias} on {there}, but they are one tensor by the model's "
+                'config: give both modules one place, or keep them apart by on_conflict="untie". Nothing was loaded',
+                names=[source, alias],
+            )
 
 
 def _place(name: str, places: Mapping[str, object]) -> object:
