@@ -230,8 +230,9 @@ def _pairs(model: PreTrainedModel, evidence: _Evidence) -> dict[tuple[str, str],
         for pair in declared.pairs if declared.value else ():
             pairs[pair] = max(_force(declared, pair, model, evidence), pairs.get(pair, _Force.IF_MISSING))
     noted = {(name, alias) for alias, name in evidence.noted.items()}
-    # Of two names that could fill a third, the one that it is bound to comes before the one that merely could.
-    return dict(sorted(pairs.items(), key=lambda item: (item[0] not in noted, -item[1])))
+    # Of two names that could fill a third, the one that it is bound to comes before the one that merely could; then the
+    # alphabet decides, as the order in which a class declares its keys changes between releases.
+    return dict(sorted(pairs.items(), key=lambda item: (item[0] not in noted, -item[1], item[0])))
 
 
 def _force(declared: Declaration, pair: tuple[str, str], model: PreTrainedModel, evidence: _Evidence) -> _Force:

@@ -65,19 +65,22 @@ def loaded_alone(folder, device="cpu"):
 
 # What torch does alone
 
+#: At the first forward; torch 2.11 says nothing, and trains two tensors.
+NOTICED = "is shared with a parameter already managed by another FSDP group"
+
 
 @pytest.mark.survey("T26", "T28")
 def test_today_tied_modules_in_two_groups_are_saved_and_optimized_apart_until_the_first_forward(on_two):
     result = on_two["today_two_groups"]
     assert (2, "", False) == (result["held"], result["saved"], result["reached"])
-    assert "is shared with a parameter already managed by another FSDP group" in result["forward"]
+    assert (torch.__version__ >= "2.12") == (NOTICED in result["forward"])
 
 
 @pytest.mark.survey("T27")
 def test_today_a_tied_module_in_the_models_group_is_no_better(on_two):
     result = on_two["today_one_in_the_root"]
     assert 2 == result["held"]
-    assert "is shared with a parameter already managed by another FSDP group" in result["forward"]
+    assert (torch.__version__ >= "2.12") == (NOTICED in result["forward"])
 
 
 @pytest.mark.survey("T29")

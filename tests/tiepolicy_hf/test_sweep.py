@@ -33,8 +33,12 @@ def quiet():
 
 def test_usual_models_come_back_tied_untied_and_with_a_small_head():
     rows = sweep([entry for entry in entries() if entry.name in USUAL])
-    assert USUAL == built_classes(rows)
-    assert [] == [row for row in rows if row.outcome not in ("passed", "no head")], table(rows)
+    # Before transformers 5.23, the config of an encoder and a decoder cannot be made without those of the two.
+    unbuilt = {row.entry.name for row in rows if "sub-configurations are passed" in row.reason}
+    assert unbuilt <= {"EncoderDecoderModel"}
+    assert USUAL == built_classes(rows) | unbuilt
+    fine = ("passed", "no head", *(["not built"] if unbuilt else []))
+    assert [] == [row for row in rows if row.outcome not in fine], table(rows)
 
 
 @pytest.mark.slow
