@@ -21,8 +21,8 @@ PACKAGES = {
 #: Reading order inside the packages: a module imports only modules that stand before it.
 FLOW = {
     "tiepolicy": """errors _facts _memory _modules _observe _claims _verdicts _evidence _groups _joining _companions
-        _values _conflict _external _retie _table _manifest _plan hookspecs _rules _trace _policy _reconcile _paths
-        _safetensors _unpickling _contents _digests _verify _diff _plugins _inspect _cli __main__ __init__ _cases
+        _values _conflict _external _retie _table _picture _manifest _plan hookspecs _rules _trace _policy _reconcile
+        _paths _safetensors _unpickling _contents _digests _verify _diff _plugins _inspect _cli __main__ __init__ _cases
         _laws testing""",
     "tiepolicy_hf": "_declared _plugin _flags _folder _save _load _trainer __init__",
     "tiepolicy_dcp": """errors _ranks _folder _digests _files _archives _reader _writer _state _extra _retention

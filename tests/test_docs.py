@@ -44,9 +44,7 @@ def check_command(command, expected):
     assert [row for row in shown if not any(row == other[: len(row)] for other in rows)] == []
 
 
-@pytest.mark.parametrize(
-    "page", ["cli.md", "concepts.md", "dcp.md", "fsdp2.md", "huggingface.md", "index.md", "plugins.md"]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, output = {}, ""
@@ -58,6 +56,13 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, 
         elif language == "console":
             for command, expected in commands(text):
                 check_command(command, expected)
+
+
+def test_the_picture_on_the_page_of_concepts_is_that_of_its_model():
+    namespace = {}
+    code = next(text for language, text in blocks("concepts.md") if language == "python")
+    printed(lambda: exec(compile(code, "concepts.md", "exec"), namespace))
+    assert (ROOT / "docs" / "pictures" / "plan.svg").read_text() == namespace["plan"].to_svg()
 
 
 def test_the_entry_point_on_the_page_is_that_of_the_example():

@@ -1,4 +1,4 @@
-"""Step 32, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 33, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import os
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _inspect_command(options: argparse.Namespace) -> int:
     contents = read_contents(options.path)
+    if options.svg is not None:
+        _write(options.svg, _inspect.draw_contents(contents))
     if options.json:
         _print(_inspect.to_json(_inspect.contents_values(contents)))
     else:
@@ -93,6 +95,21 @@ def _owner(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _write(path: Path, text: str) -> None:
+    """Put a whole file in its place, or nothing."""
+    partial = Path(f"{path}.{os.getpid()}")
+    try:
+        try:
+            partial.write_text(text, encoding="ascii")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise TiePolicyError(
+            f"the picture {path} cannot be written: {error.strerror}. Give --svg a file in a folder you may write to"
+        ) from error
+
+
 def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
@@ -117,6 +134,9 @@ def command_parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect_command, "show names, shapes, dtypes, sizes, tied groups and refused claims")
     inspect.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    inspect.add_argument(
+        "--svg", type=Path, metavar="FILE", help="also draw what is one tensor and what is not, as an SVG picture"
+    )
     compare = add("diff", _diff_command, "compare names, shapes, dtypes, ties and recorded digests of two checkpoints")
     compare.add_argument("a", type=Path, metavar="A", help=_PATH_HELP)
     compare.add_argument("b", type=Path, metavar="B", help="what to compare it with, of any of these kinds")

@@ -1,4 +1,4 @@
-"""Step 26, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
+"""Step 27, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Step 27, digests: the files of a checkpoint held against what was recorded of them when they were written."""
+"""Step 28, digests: the files of a checkpoint held against what was recorded of them when they were written."""
 
 import importlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Step 31, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
+"""Step 32, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
 
 import json
 import textwrap
@@ -11,12 +11,16 @@ from tiepolicy._diff import FILE_DIFFERS, Comparison, Values
 from tiepolicy._digests import DIGESTS
 from tiepolicy._external import ExternalTie
 from tiepolicy._groups import RefusedClaim
+from tiepolicy._picture import Kind, Link, draw, refusal_link
 from tiepolicy._plugins import Plugin
 from tiepolicy._table import columns, count, format_bytes
+from tiepolicy._table import printable as printable
 from tiepolicy.errors import TiePolicyError
 
 #: Columns of a terminal that every line fits, if no single word is longer.
 WIDTH = 100
+
+_NO_MANIFEST = "no manifest: nothing says which names are one tensor"
 
 
 def show_contents(contents: Contents) -> str:
@@ -47,8 +51,7 @@ def _owner(tie: ExternalTie) -> str:
 
 
 def _summary(contents: Contents) -> str:
-    num_stored = len(contents.tensors.keys() - contents.aliases().keys())
-    lines = [f"{contents.path}: {contents.form}, {count(num_stored, 'tensor')} of {format_bytes(contents.nbytes)}"]
+    lines = [f"{contents.path}: {_counts(contents)}"]
     if contents.plan is not None:
         apart = contents.apart()
         of_apart = sum(contents.plan.tensors[name.removeprefix(contents.prefix)].nbytes for name in apart)
@@ -65,13 +68,41 @@ def _summary(contents: Contents) -> str:
     elif contents.recorded:
         lines.append(f"no manifest; {count(len(contents.recorded), 'tie')} noted in the metadata of the file")
     else:
-        lines.append("no manifest: nothing says which names are one tensor")
+        lines.append(_NO_MANIFEST)
     if contents.objects:
         lines.append(
             f"{count(len(contents.objects), 'pickled object')} beside the tensors, which are never read: to get them "
             "needs more than the safe subset of pickle"
         )
     return "\n".join(map(sentence, lines))
+
+
+def draw_contents(contents: Contents) -> str:
+    """The ties, external ties and refused claims of a checkpoint as an SVG document."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for alias, (canonical, reason) in contents.aliases().items():
+        groups.setdefault(canonical, []).append((alias, reason))
+    links = [
+        Link(kind=Kind.TIED, left=(canonical, _what(contents, canonical)), right=aliases)
+        for canonical, aliases in sorted(groups.items())
+    ]
+    links += [
+        Link(kind=Kind.EXTERNAL, left=(tie.source, ""), right=[(name, _what(contents, name))])
+        for name, tie in contents.external().items()
+    ]
+    links += [refusal_link(refusal, contents.prefix) for refusal in _refused(contents)]
+    known = contents.plan is not None or contents.recorded
+    return draw(f"{contents.path.name}: {_counts(contents)}", links, [] if known else [_NO_MANIFEST])
+
+
+def _what(contents: Contents, name: str) -> str:
+    shape, dtype = contents.spec(name)
+    return f"{shape} {dtype}"
+
+
+def _counts(contents: Contents) -> str:
+    num_stored = len(contents.tensors.keys() - contents.aliases().keys())
+    return f"{contents.form}, {count(num_stored, 'tensor')} of {format_bytes(contents.nbytes)}"
 
 
 def contents_values(contents: Contents) -> dict[str, Any]:
@@ -199,12 +230,6 @@ def sentence(text: str, *, indent: str = "") -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def printable(text: str) -> str:
-    """A text in ASCII without control characters: names come from files, and go to terminals."""
-    escaped = text.encode("ascii", "backslashreplace").decode()
-    return "".join(character if " " <= character <= "~" else f"\\x{ord(character):02x}" for character in escaped)
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Step 16, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
+"""Step 17, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
 
 A name in a manifest may become part of a path or a line in a log, so it holds no path separator and no control
 character; a plan with such names works, but has no manifest. A key that this version does not know is refused: what it

@@ -1,4 +1,4 @@
-"""Step 23, opening: the files of a checkpoint, and no file outside its folder."""
+"""Step 24, opening: the files of a checkpoint, and no file outside its folder."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Step 17, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
+"""Step 18, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tiepolicy import _manifest, _table
+from tiepolicy import _manifest, _picture, _table
 from tiepolicy._companions import Companion
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle, unresolved
 from tiepolicy._external import ExternalTie, Owners, check_digest, take
@@ -262,6 +262,17 @@ class TiePlan:
             moment=Moment.RETIE,
             resolver=self.resolver,
         )
+
+    def to_svg(self) -> str:
+        """The plan as a picture: what is stored under which name, and what was claimed in vain.
+
+        Returns:
+            An SVG document of at most 800 pixels' width, legible on light and dark pages, with a title and a
+            description for those who do not see it.
+        """
+        summary = _table.summary(len(self.tensors), len(self.groups), len(self.refused), bytes_saved=self.bytes_saved)
+        links = _picture.links_of(self.tensors, self.groups, self.refused, self.external)
+        return _picture.draw(summary, links, [str(companion) for companion in self.companions])
 
     def to_manifest(self) -> dict[str, Any]:
         """The plan as JSON-ready values; `from_manifest` reads it.

@@ -21,8 +21,7 @@ def render(
     bytes_saved: int,
 ) -> str:
     """The groups with what each saves, what other models own, companions, and every refused claim as a sentence."""
-    counts = f"{count(len(tensors), 'tensor')}, {count(len(groups), 'tied group')}"
-    parts = [f"{counts} ({format_bytes(bytes_saved)} saved), {count(len(refused), 'claim')} refused"]
+    parts = [summary(len(tensors), len(groups), len(refused), bytes_saved=bytes_saved)]
     if groups:
         rows: list[tuple[str, ...]] = [("stored", "also named", "shape", "dtype", "saved", "because")]
         rows += [row for group in groups for row in _rows(group, tensors)]
@@ -35,6 +34,12 @@ def render(
     if refused:
         parts.append("\n".join(["refused", *(f"  {refusal}" for refusal in refused)]))
     return "\n\n".join(parts)
+
+
+def summary(num_tensors: int, num_groups: int, num_refused: int, *, bytes_saved: int) -> str:
+    """The first line of a plan: `2 tensors, 1 tied group (48 B saved), 0 claims refused`."""
+    counts = f"{count(num_tensors, 'tensor')}, {count(num_groups, 'tied group')}"
+    return f"{counts} ({format_bytes(bytes_saved)} saved), {count(num_refused, 'claim')} refused"
 
 
 def format_bytes(count: int) -> str:
@@ -76,17 +81,23 @@ def columns(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str
     while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _MIN_COLUMN:
         widths[widths.index(max(widths))] -= 1
     return "\n".join(
-        "  ".join(_shorten(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
+        "  ".join(shorten(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
 
 
-def _shorten(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
     """The beginning and the end of a text; the end of a name says more than its middle."""
     if len(text) <= width:
         return text
     end = (width - 2) // 2
     return f"{text[: width - 3 - end]}...{text[len(text) - end :]}"
+
+
+def printable(text: str) -> str:
+    """A text in ASCII without control characters: names come from files, and go to terminals and pictures."""
+    escaped = text.encode("ascii", "backslashreplace").decode()
+    return "".join(character if " " <= character <= "~" else f"\\x{ord(character):02x}" for character in escaped)
 
 
 def count(number: int, noun: str) -> str:
