@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tiepolicy._contents import DCP, MODEL_PREFIX, Contents, read_pieces
-from tiepolicy._digests import recorded_files
+from tiepolicy._digests import SIZES_ONLY, recorded_files
 from tiepolicy.errors import CheckpointError
 
 FILE_DIFFERS = "file differs"
@@ -79,7 +79,12 @@ def _different_files(a: Contents, b: Contents) -> list[Difference] | None:
     """The files with tensors whose recorded digests differ; None where the digests do not tell."""
     files = [{file for stored in contents.tensors.values() for file in stored.files} for contents in (a, b)]
     (algorithm, in_a), (other, in_b) = recorded_files(a.path), recorded_files(b.path)
-    if algorithm is None or algorithm != other or files[0] != files[1] or not files[0] <= in_a.keys() & in_b.keys():
+    if (
+        algorithm in (None, SIZES_ONLY)
+        or algorithm != other
+        or files[0] != files[1]
+        or not files[0] <= in_a.keys() & in_b.keys()
+    ):
         return None
     return [
         Difference(name=file, kind=FILE_DIFFERS, a=in_a[file][1][:12], b=in_b[file][1][:12])

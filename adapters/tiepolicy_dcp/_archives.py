@@ -1,4 +1,4 @@
-"""Step 5, archives: tensors that `torch.save` wrote are read straight to where they belong.
+"""Step 8, archives: tensors that `torch.save` wrote are read straight to where they belong.
 
 Format: a zip file of stored records, `data.pkl` and `data/0` among them (torch/serialization.py of torch 2.13).
 `torch.load` reads into memory of its own, which is then copied. What is no plain contiguous tensor is left to it.
@@ -10,7 +10,6 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, NoReturn, cast
 
@@ -19,18 +18,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-_DTYPES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-    "ShortStorage": torch.int16,
-}
+from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
+from tiepolicy_dcp._frames import STORAGES, contiguous_stride
+
 #: What a record that is none, or no such tensor, makes of the steps of reading it.
 _NO_TENSOR = (AttributeError, LookupError, TypeError, ValueError, EOFError, zipfile.BadZipFile, pickle.PickleError)
 #: Signature to extra field, of which the lengths of the name and of the extra field are the last.
@@ -56,12 +46,14 @@ class ArchiveReader(FileSystemReader):
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in by_file.items():
             with (Path(str(self.path)) / name).open("rb", buffering=0) as file:
+                for_devices: list[Section] = []
                 for item in items:
                     stored = self._find(cast("BinaryIO", file), item)
                     if stored is None:
                         left.append(item)
                     else:
-                        _read(cast("BinaryIO", file), stored, item, planner)
+                        for_devices += _read(cast("BinaryIO", file), stored, item, planner)
+                read_(for_devices)
         return super().read_data(LoadPlan(left, plan.storage_data, plan.planner_data), planner)
 
     def _find(self, file: BinaryIO, item: ReadItem) -> StoredTensor | None:
@@ -80,11 +72,16 @@ def find_tensor(file: BinaryIO, offset: int, length: int) -> StoredTensor | None
             described = _Unpickler(io.BytesIO(archive.read(records["data.pkl"]))).load()
             order = archive.read(records["byteorder"]).decode()
         kind, first, shape, stride = described.storage[1], described.offset, described.shape, described.stride
-        dtype = _DTYPES[kind]
+        dtype = STORAGES[kind]
         num_bytes = math.prod(shape) * dtype.itemsize
     except _NO_TENSOR:
         return None
-    plain = (order, first, stride, data.compress_type) == (sys.byteorder, 0, _contiguous(shape), zipfile.ZIP_STORED)
+    plain = (order, first, stride, data.compress_type) == (
+        sys.byteorder,
+        0,
+        contiguous_stride(shape),
+        zipfile.ZIP_STORED,
+    )
     if not plain or data.file_size != num_bytes:
         return None
     file.seek(offset + data.header_offset)
@@ -92,8 +89,12 @@ def find_tensor(file: BinaryIO, offset: int, length: int) -> StoredTensor | None
     return StoredTensor(offset + start, shape, dtype) if start + num_bytes <= length else None
 
 
-def _read(file: BinaryIO, stored: StoredTensor, item: ReadItem, planner: LoadPlanner) -> None:
-    """Read what an item asks for: whole rows of the stored tensor alone, else all of it."""
+def _read(file: BinaryIO, stored: StoredTensor, item: ReadItem, planner: LoadPlanner) -> list[Section]:
+    """Read what an item asks for: whole rows of the stored tensor alone, else all of it.
+
+    Returns:
+        What is to be read into the memory of a GPU as it is, which is left to be done with others.
+    """
     target = planner.resolve_tensor(item).detach()
     lengths, offsets = tuple(item.lengths), tuple(item.storage_offsets)
     ends = [start + size for start, size in zip(offsets, lengths, strict=True)]
@@ -103,35 +104,20 @@ def _read(file: BinaryIO, stored: StoredTensor, item: ReadItem, planner: LoadPla
             f"{item.dest_index.fqn} has a part of shape {stored.shape} in its file, which is not what the metadata says"
         )
     rows = lengths[1:] == stored.shape[1:]
-    shape = lengths if rows else stored.shape
     skipped = math.prod(stored.shape[1:]) * offsets[0] * stored.dtype.itemsize if rows and offsets else 0
-    direct = rows and target.is_contiguous() and target.dtype == stored.dtype and target.device.type == "cpu"
-    room = target if direct else torch.empty(shape, dtype=stored.dtype)
-    file.seek(stored.start + skipped)
-    _fill(file, room)
+    direct = rows and target.is_contiguous() and target.dtype == stored.dtype
+    if direct and target.is_cuda:
+        planner.commit_tensor(item, target)
+        return [Section(file.fileno(), stored.start + skipped, as_bytes(target))]
+    direct = direct and target.device.type == "cpu"
+    room = target if direct else torch.empty(lengths if rows else stored.shape, dtype=stored.dtype)
+    fill_(file.fileno(), stored.start + skipped, as_bytes(room))
     if not direct:
         for dim, (start, size) in enumerate(zip(offsets, lengths, strict=True) if not rows else ()):
             room = room.narrow(dim, start, size)
         target.copy_(room)
     planner.commit_tensor(item, target)
-
-
-def _fill(file: BinaryIO, tensor: torch.Tensor) -> None:
-    left = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    while left:
-        count = cast("io.RawIOBase", file).readinto(left)
-        if not count:
-            raise EOFError(f"the file ends {len(left)} bytes before the tensor")
-        left = left[count:]
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    stride = []
-    step = 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
+    return []
 
 
 class _Tensor(NamedTuple):
@@ -155,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
             return _describe
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name in _DTYPES:
+        if module == "torch" and name in STORAGES:
             return name
         return _refuse(module, name)
 

@@ -1,4 +1,4 @@
-"""Step 20, saving while training goes on: copy, return, and write what was copied in the background."""
+"""Step 23, saving while training goes on: copy, return, and write what was copied in the background."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard
 from tiepolicy_dcp._ranks import is_distributed, is_first_rank, on_all_ranks, on_first_rank
 from tiepolicy_dcp._save import Contents, Job, begin, collect, complete
-from tiepolicy_dcp._staging import SharedStaging, Staging, layout
+from tiepolicy_dcp._staging import SharedStaging, Staging
 from tiepolicy_dcp._worker import WorkerProcess
 from tiepolicy_dcp.errors import CheckpointError
 
@@ -123,7 +123,8 @@ class AsyncSaver:
                 discard(job.unfinished)
             raise CheckpointError(f"{folder} could not be copied for a save in the background: {error}") from error
         self._pending = PendingSave()
-        arguments = (self._pending, _with_copies(job, copies), self._write(copies[: len(job.share.plan.items)]), then)
+        write = self._write(copies[: len(job.share.plan.items)], digest=contents.digests)
+        arguments = (self._pending, _with_copies(job, copies), write, then)
         # No daemon: a process that ends while it saves waits until that is done.
         threading.Thread(target=self._run, args=arguments, name=f"save {folder.name}").start()
         return self._pending
@@ -153,17 +154,15 @@ class AsyncSaver:
         """Give memory, process and group back; nothing may be under way."""
         if self._process is not None:
             self._process.close()
-        if self._shared is not None:
-            self._shared.close()
+        self._staging.close()
         if self._group is not None and is_distributed():
             dist.destroy_process_group(self._group)
 
-    def _write(self, copies: Sequence[torch.Tensor]) -> Callable[[Path], Written]:
-        process = self._process
-        if process is None:
-            return lambda path: write_tensors(path, copies)
-        places, _ = layout(copies)
-        return lambda path: process.write(path, places)
+    def _write(self, copies: Sequence[torch.Tensor], *, digest: bool) -> Callable[[Path], Written]:
+        process, shared = self._process, self._shared
+        if process is None or shared is None:
+            return lambda path: write_tensors(path, copies, digest=digest, streams=self._staging.streams)
+        return lambda path: process.write(path, shared.fetch(copies), digest=digest)
 
     def _run(self, pending: PendingSave, job: Job, write: Callable[[Path], Written], then: Callable[[], None]) -> None:
         try:
@@ -185,6 +184,7 @@ def async_save(
     plan: TiePlan | None = None,
     external: Owners | None = None,
     consolidated: bool = False,
+    digests: bool = True,
     worker: Worker = "thread",
 ) -> PendingSave:
     """Write a checkpoint as `save` does, but return when everything is copied, before it is written.
@@ -201,6 +201,7 @@ def async_save(
         plan: The model's plan.
         external: Other models, whose tensors are left out.
         consolidated: Also write `model.safetensors`.
+        digests: Whether to hash what is written.
         worker: Who writes meanwhile: a "thread", or another "process", which does not compete for the interpreter.
 
     Returns:
@@ -211,7 +212,13 @@ def async_save(
         CheckpointError: As `save` does, for all that can be known before the files are written.
     """
     contents = collect(
-        model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+        model=model,
+        optimizer=optimizer,
+        extra=extra,
+        plan=plan,
+        external=external,
+        consolidated=consolidated,
+        digests=digests,
     )
     saver = AsyncSaver(worker)
     try:

@@ -5,6 +5,7 @@ digest.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +21,11 @@ except ImportError as error:
 #: File of a checkpoint with the digests of all others.
 DIGESTS = "digests.json"
 _ALGORITHM = "xxh3_128"
+#: What stands for it in a checkpoint that was saved without digests.
+_SIZES_ONLY = "none"
 _CHUNK_BYTES = 1 << 22
+
+logger = logging.getLogger("tiepolicy_dcp")
 
 #: What a load checks of each file before reading it: size and digest, size only, or nothing.
 Verify = Literal["full", "size", "off"]
@@ -31,21 +36,22 @@ Digest = xxhash.xxh3_128
 
 
 class FileRecord(NamedTuple):
-    """Size in bytes and digest as hexadecimal of one file."""
+    """Size in bytes and digest as hexadecimal of one file; an empty digest if there is none."""
 
     num_bytes: int
     digest: str
 
 
-def measure(paths: Iterable[Path]) -> dict[str, FileRecord]:
-    """Size and digest of files, by file name."""
-    return {path.name: FileRecord(path.stat().st_size, _digest(path)) for path in paths}
+def measure(paths: Iterable[Path], *, digests: bool = True) -> dict[str, FileRecord]:
+    """Size and, if asked for, digest of files, by file name."""
+    return {path.name: FileRecord(path.stat().st_size, _digest(path) if digests else "") for path in paths}
 
 
 def write_digests(folder: Path, records: Mapping[str, FileRecord]) -> None:
     """Keep the records in the checkpoint that they describe."""
     files = {name: list(record) for name, record in sorted(records.items())}
-    write_text(folder / DIGESTS, json.dumps({"algorithm": _ALGORITHM, "files": files}, indent=1))
+    algorithm = _ALGORITHM if all(record.digest for record in records.values()) else _SIZES_ONLY
+    write_text(folder / DIGESTS, json.dumps({"algorithm": algorithm, "files": files}, indent=1))
 
 
 def read_digests(folder: Path) -> dict[str, FileRecord]:
@@ -67,7 +73,7 @@ def read_digests(folder: Path) -> dict[str, FileRecord]:
         records = {name: FileRecord(int(size), str(digest)) for name, (size, digest) in content["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / DIGESTS} is damaged: {error!r}. Nothing was loaded") from error
-    if algorithm != _ALGORITHM:
+    if algorithm not in (_ALGORITHM, _SIZES_ONLY):
         raise CheckpointError(f"{folder / DIGESTS} has the unknown algorithm {algorithm!r}. Nothing was loaded")
     return records
 
@@ -78,6 +84,8 @@ def check_files(folder: Path, records: Mapping[str, FileRecord], names: Sequence
     Raises:
         CheckpointError: Naming the first file that is missing or holds something else than was written.
     """
+    if verify == "full" and not all(records[name].digest for name in names):
+        logger.warning("%s was saved without digests: only the sizes of its files are checked", folder)
     for name in names if verify != "off" else ():
         path, record = folder / name, records[name]
         if Path(name).name != name or not path.is_file():
@@ -88,7 +96,7 @@ def check_files(folder: Path, records: Mapping[str, FileRecord], names: Sequence
                 f"{path} has {size} bytes, but {record.num_bytes} were written: it was cut or replaced. Nothing was "
                 "loaded. Load an earlier checkpoint"
             )
-        if verify == "full" and _digest(path) != record.digest:
+        if verify == "full" and record.digest and _digest(path) != record.digest:
             raise CheckpointError(
                 f"{path} does not hold what was written: its digest differs, so it was damaged or replaced. Nothing "
                 "was loaded. Load an earlier checkpoint"

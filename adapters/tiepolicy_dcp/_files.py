@@ -1,21 +1,20 @@
-"""Step 4, data files: tensors one after the other, hashed while they are written and flushed while they are hashed."""
+"""Step 7, data files: tensors one after the other, each as `torch.save` writes it."""
 
-import os
-import threading
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, Self, cast
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tiepolicy_dcp._digests import Digest, FileRecord
+from tiepolicy_dcp._devices import Streams, as_bytes
+from tiepolicy_dcp._digests import FileRecord
 from tiepolicy_dcp._folder import flush_file, naming
+from tiepolicy_dcp._frames import frame
+from tiepolicy_dcp._pieces import PieceFile
 from tiepolicy_dcp.errors import CheckpointError
-
-#: How much may wait for the disk before a flush begins beside the writing.
-_FLUSH_BYTES = 1 << 25
 
 
 class Written(NamedTuple):
@@ -25,21 +24,27 @@ class Written(NamedTuple):
     record: FileRecord
 
 
-def write_tensors(path: Path, tensors: Iterable[torch.Tensor]) -> Written:
-    """Write tensors as DCP does, each as `torch.save` writes it, and wait until they are on disk.
+def write_tensors(
+    path: Path, tensors: Iterable[torch.Tensor], *, digest: bool = True, streams: Streams | None = None
+) -> Written:
+    """Write tensors as DCP does, and wait until they are on disk.
 
     Args:
         path: A file that does not exist.
-        tensors: Of any device. One that is a part of a larger storage, or not on the CPU, is copied while it is
-            written.
+        tensors: Of any device; copied piece by piece. What is not contiguous is copied as a whole first.
+        digest: Whether the record of the file has one.
+        streams: They follow what made the tensors, which nobody changes; those of this thread, if not given.
     """
+    live = [tensor.detach() if tensor.device.type in ("cpu", "cuda") else tensor.detach().cpu() for tensor in tensors]
     places = []
-    with naming(path), path.open("xb") as file, _Sink(file) as sink:
-        for tensor in tensors:
-            start = sink.num_bytes
-            _save(_alone(tensor.detach().cpu()), sink)
-            places.append((start, sink.num_bytes - start))
-    return Written(places, sink.record())
+    own = Streams()
+    pinned = any(tensor.is_cuda for tensor in live)
+    with naming(path), PieceFile(path, streams or own, pinned=pinned, digest=digest) as file:
+        for tensor in live:
+            start = file.num_bytes
+            _append(tensor, file, None if streams else own)
+            places.append((start, file.num_bytes - start))
+    return Written(places, file.record())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -55,66 +60,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     flush_file(path)
 
 
-def _save(tensor: torch.Tensor, sink: "_Sink") -> None:
-    try:
-        torch.save(tensor, cast("IO[bytes]", sink))
-    except RuntimeError as error:
-        # torch speaks of its own surprise when a write fails, and not of the disk.
-        raise sink.error or error from error
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if `torch.save` would write more than it: the storage that it is a part of."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-class _Sink:
-    """What `torch.save` writes to: a file that is hashed and flushed meanwhile."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.num_bytes = 0
-        self.error: OSError | None = None
-        self._file = file
-        self._digest = Digest()
-        self._num_flushed = 0
-        self._flush: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._flush is not None:
-            self._flush.join()
-        if error is None:
-            self._file.flush()
-            self._wait_for_disk()
-            if self.error is not None:
-                raise self.error
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Take some bytes."""
-        self._digest.update(data)
-        try:
-            num_bytes = self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.num_bytes += num_bytes
-        if self.num_bytes - self._num_flushed >= _FLUSH_BYTES and not (self._flush and self._flush.is_alive()):
-            self._num_flushed = self.num_bytes
-            self._flush = threading.Thread(target=self._wait_for_disk, daemon=True)
-            self._flush.start()
-        return num_bytes
-
-    def _wait_for_disk(self) -> None:
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:  # Linux says it once: the next flush of this file would succeed
-            self.error = error
-
-    def flush(self) -> None:
-        """Do nothing: `torch.save` asks after each tensor."""
-
-    def record(self) -> FileRecord:
-        """What was written in all."""
-        return FileRecord(self.num_bytes, self._digest.hexdigest())
+def _append(tensor: torch.Tensor, file: PieceFile, streams: Streams | None) -> None:
+    around = frame(tensor.shape, tensor.dtype)
+    if around is None:
+        whole = io.BytesIO()
+        torch.save(tensor.cpu().clone(), whole)  # of a part of a storage, `torch.save` would write all
+        file.write(whole.getbuffer())
+        return
+    elements = as_bytes(tensor)
+    if streams is not None:
+        streams.follow([elements])
+    file.write(around.head)
+    file.append(elements)
+    file.write(around.tail)

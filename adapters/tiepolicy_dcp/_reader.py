@@ -1,4 +1,4 @@
-"""Step 6, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
+"""Step 9, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
 import io
 import warnings

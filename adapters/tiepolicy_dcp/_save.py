@@ -1,4 +1,4 @@
-"""Step 12, saving: plan, agree, write, flush, publish."""
+"""Step 15, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +47,7 @@ def save(
     plan: TiePlan | None = None,
     external: Owners | None = None,
     consolidated: bool = False,
+    digests: bool = True,
 ) -> Path:
     """Write a checkpoint. Called by all ranks of the default process group, or by a single process without one.
 
@@ -71,6 +72,7 @@ def save(
         external: Other models, by the names to know them under: `save(folder, model=draft, external={"target": model})`
             leaves out what is the target's, and records its digest.
         consolidated: Also write `model.safetensors`, gathered on rank 0, without aliases.
+        digests: Whether to hash what is written, so that damage is found on load; without, only the sizes of files are.
 
     Returns:
         The folder as an absolute path.
@@ -82,7 +84,13 @@ def save(
         CheckpointError: If the folder exists or cannot be written; what was written so far is removed.
     """
     contents = collect(
-        model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+        model=model,
+        optimizer=optimizer,
+        extra=extra,
+        plan=plan,
+        external=external,
+        consolidated=consolidated,
+        digests=digests,
     )
     return complete(begin(Path(folder).absolute(), contents))
 
@@ -98,6 +106,8 @@ class Contents:
     extra: Extra
     #: The whole model on rank 0, nothing elsewhere; None if it is not asked for.
     whole: Mapping[str, torch.Tensor] | None
+    #: Whether its files are hashed.
+    digests: bool
 
 
 def collect(
@@ -108,6 +118,7 @@ def collect(
     plan: TiePlan | None,
     external: Owners | None,
     consolidated: bool,
+    digests: bool,
 ) -> Contents:
     """Find out what a checkpoint will hold, and that it can be written; the arguments are those of `save`."""
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external, digests=external is not None))
@@ -122,7 +133,7 @@ def collect(
         )
     packed = on_all_ranks(lambda: pack_extra(extra or {}) if is_first_rank() else Extra())[rank()]
     whole = _gather(model, plan) if consolidated else None
-    return Contents(plan=plan, state=state, extra=packed, whole=whole)
+    return Contents(plan=plan, state=state, extra=packed, whole=whole, digests=digests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +172,7 @@ def complete(
 
     def write_share() -> tuple[list[WriteResult], FileRecord]:
         path = job.unfinished / data_file(share.rank)
-        written = write_tensors(path, share.tensors()) if write is None else write(path)
+        written = (write or _write(share, digest=job.contents.digests))(path)
         return share.results(written), written.record
 
     def finish(of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) -> list[Path]:
@@ -174,6 +185,10 @@ def complete(
         if share.rank == 0:
             discard(job.unfinished)
         raise _as_checkpoint_error(job.folder, error) from error
+
+
+def _write(share: Share, *, digest: bool) -> Callable[[Path], Written]:
+    return lambda path: write_tensors(path, share.tensors(), digest=digest)
 
 
 def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict[str, dict[str, torch.Tensor]]:
@@ -210,7 +225,8 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
         tensors = {name: tensor.contiguous() for name, tensor in contents.whole.items()}
         write_safetensors(unfinished / CONSOLIDATED, tensors)
     records = {data_file(of_rank): record for of_rank, (_, record) in enumerate(of_ranks)}
-    own = measure(path for path in unfinished.iterdir() if path.name not in records)
+    others = [path for path in unfinished.iterdir() if path.name not in records]
+    own = measure(others, digests=contents.digests)
     write_digests(unfinished, {**records, **own})
     publish(unfinished, job.folder)
 

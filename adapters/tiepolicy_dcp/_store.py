@@ -1,4 +1,4 @@
-"""Step 21, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 24, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math
@@ -100,6 +100,7 @@ class CheckpointStore:
         plan: TiePlan | None = None,
         external: Owners | None = None,
         consolidated: bool = False,
+        digests: bool = True,
         metrics: Mapping[str, float] | None = None,
     ) -> Path:
         """Write a checkpoint as `tiepolicy_dcp.save` does, then point to it, then delete what is not kept.
@@ -115,6 +116,7 @@ class CheckpointStore:
             plan: The model's plan.
             external: Other models, whose tensors are left out.
             consolidated: Also write `model.safetensors`.
+            digests: Whether to hash what is written.
             metrics: What is known of the checkpoint, by name. One without metrics never becomes `BEST`.
 
         Raises:
@@ -124,7 +126,13 @@ class CheckpointStore:
         self.wait()
         record = on_first_rank(lambda: self._begin(name, metrics))
         contents = collect(
-            model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+            model=model,
+            optimizer=optimizer,
+            extra=extra,
+            plan=plan,
+            external=external,
+            consolidated=consolidated,
+            digests=digests,
         )
         folder = complete(begin(self.root / name, contents, record=record.to_json()))
         on_first_rank(lambda: self._commit(name))
@@ -140,6 +148,7 @@ class CheckpointStore:
         plan: TiePlan | None = None,
         external: Owners | None = None,
         consolidated: bool = False,
+        digests: bool = True,
         metrics: Mapping[str, float] | None = None,
         worker: Worker = "thread",
     ) -> PendingSave:
@@ -156,6 +165,7 @@ class CheckpointStore:
             plan: The model's plan.
             external: Other models, whose tensors are left out.
             consolidated: Also write `model.safetensors`.
+            digests: Whether to hash what is written.
             metrics: What is known of the checkpoint.
             worker: Who writes meanwhile: a "thread", or another "process", which does not compete for the interpreter.
 
@@ -170,7 +180,13 @@ class CheckpointStore:
         self.wait()
         record = on_first_rank(lambda: self._begin(name, metrics))
         contents = collect(
-            model=model, optimizer=optimizer, extra=extra, plan=plan, external=external, consolidated=consolidated
+            model=model,
+            optimizer=optimizer,
+            extra=extra,
+            plan=plan,
+            external=external,
+            consolidated=consolidated,
+            digests=digests,
         )
         if worker not in self._savers:
             self._savers[worker] = AsyncSaver(worker)

@@ -1,4 +1,4 @@
-"""Step 19, another process that writes files, and how to talk to it.
+"""Step 22, another process that writes files, and how to talk to it.
 
 The tensors lie in memory that both processes map; what is said is JSON, a line each way for each file.
 """
@@ -44,7 +44,7 @@ class WorkerProcess:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""},
             )
 
-    def write(self, path: Path, places: Sequence[Place]) -> Written:
+    def write(self, path: Path, places: Sequence[Place], *, digest: bool) -> Written:
         """Have a file written, and wait for it.
 
         Raises:
@@ -53,7 +53,7 @@ class WorkerProcess:
         self.start()
         assert self._process is not None
         tensors = [[start, list(shape), str(dtype).removeprefix("torch.")] for start, shape, dtype in places]
-        answer = _exchange(self._process, {"path": str(path), "tensors": tensors})
+        answer = _exchange(self._process, {"path": str(path), "tensors": tensors, "digest": digest})
         if answer is None:
             ended = self.close()
             raise CheckpointError(f"the process that wrote {path} is gone ({ended}). The next save starts another one")
@@ -95,7 +95,7 @@ def main() -> None:
 def _answer(descriptor: int, request: Mapping[str, Any]) -> dict[str, Any]:
     places = [Place(start, tuple(shape), getattr(torch, dtype)) for start, shape, dtype in request["tensors"]]
     try:
-        written = write_tensors(Path(request["path"]), views(mapped(descriptor), places))
+        written = write_tensors(Path(request["path"]), views(mapped(descriptor), places), digest=request["digest"])
     except (OSError, ValueError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"places": written.places, "record": written.record}

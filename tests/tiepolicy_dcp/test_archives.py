@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import tiepolicy_dcp
 from models import TiedPair
 from tiepolicy_dcp import CheckpointError
-from tiepolicy_dcp._archives import _DTYPES, StoredTensor, find_tensor
+from tiepolicy_dcp._archives import StoredTensor, find_tensor
+from tiepolicy_dcp._frames import STORAGES
 
 #: What stands before the archive in its file.
 BEFORE = b"other tensors "
@@ -25,7 +26,7 @@ def saved(value):
     return io.BytesIO(BEFORE + content + b"more"), len(BEFORE), len(content)
 
 
-@given(shape=st.lists(st.integers(0, 5), max_size=3), dtype=st.sampled_from(sorted(_DTYPES.values(), key=str)))
+@given(shape=st.lists(st.integers(0, 5), max_size=3), dtype=st.sampled_from(sorted(STORAGES.values(), key=str)))
 def test_a_plain_tensor_is_found_with_its_bytes(shape, dtype):
     tensor = torch.randint(0, 2, shape).to(dtype)
     file, offset, length = saved(tensor)

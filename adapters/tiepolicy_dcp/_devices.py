@@ -1,0 +1,156 @@
+"""Step 4, devices: bytes go to and from GPUs on streams of their own, through a little pinned memory.
+
+Pinning as much memory as is copied would take longer than the copy. On the CPU the same code copies at once.
+"""
+
+import mmap
+import os
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+
+#: How much is copied, hashed and written at a time. A disk and a bus reach their rates with it.
+PIECE_BYTES = 1 << 22
+#: How many pieces may be on their way.
+NUM_PIECES = 8
+#: What a thread reads of a file, at a time, for a GPU.
+_NUM_READERS = 8
+
+
+class Streams:
+    """One stream for copies from and to each GPU, beside those that compute."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def follow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let later copies of tensors wait for what the current streams do to them now. The host waits for nothing."""
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            self._streams[device].wait_stream(torch.cuda.current_stream(device))
+
+    def copy_(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy; where a GPU takes part, on the stream that follows it, and without waiting."""
+        device = source.device if source.is_cuda else target.device
+        stream = self._streams.get(device)
+        with torch.cuda.stream(stream):  # nothing happens for None
+            target.copy_(source, non_blocking=stream is not None)
+        if stream is not None and source.is_cuda:
+            source.record_stream(stream)  # it may be let go before the copy is made
+
+    def marks(self) -> list[torch.cuda.Event]:
+        """Events that happen when the copies up to now are made; waiting for one takes no processor."""
+        return [stream.record_event(torch.cuda.Event(blocking=True)) for stream in self._streams.values()]
+
+    def wait(self) -> None:
+        """Wait for all copies."""
+        for mark in self.marks():
+            mark.synchronize()
+
+
+def pieces(*, pinned: bool) -> list[torch.Tensor]:
+    """Memory for the bytes on their way, aligned to pages; it takes none of the CPU's before it is used."""
+    num_bytes = PIECE_BYTES * NUM_PIECES
+    if pinned:
+        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    else:
+        memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    return list(memory.split(PIECE_BYTES))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements in order of their indices, as `(bytes,)` of uint8: a view if they lie so, else a copy."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8)
+
+
+def fetch_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], streams: Streams) -> None:
+    """Copy tensors of GPUs to the CPU, and wait until they are there.
+
+    Args:
+        pairs: A contiguous tensor on the CPU, in memory of any kind, and what to copy into it.
+        streams: They follow what made the latter.
+    """
+    pairs = list(pairs)
+    free = deque(pieces(pinned=any(source.is_cuda for _, source in pairs))) if pairs else deque()
+    under_way: deque[tuple[torch.Tensor, torch.Tensor, list[torch.cuda.Event]]] = deque()
+
+    def land() -> None:
+        target, piece, marks = under_way.popleft()
+        for mark in marks:
+            mark.synchronize()
+        target.copy_(piece[: len(target)])
+        free.append(piece)
+
+    for whole, source in pairs:
+        elements = as_bytes(source)
+        streams.follow([elements] if elements.data_ptr() != source.data_ptr() else [])
+        for target, part in zip(as_bytes(whole).split(PIECE_BYTES), elements.split(PIECE_BYTES), strict=True):
+            if not free:
+                land()
+            piece = free.popleft()
+            streams.copy_(piece[: len(part)], part)
+            under_way.append((target, piece, streams.marks()))
+    while under_way:
+        land()
+
+
+class Section(NamedTuple):
+    """Bytes of a file and where they belong."""
+
+    #: Open for reading.
+    descriptor: int
+    start: int
+    #: `(bytes,)` of uint8, contiguous.
+    target: torch.Tensor
+
+
+def read_(sections: Iterable[Section]) -> None:
+    """Read parts of files into memory of GPUs, by several threads, and wait until they are there.
+
+    Raises:
+        EOFError: If a file ends before.
+    """
+    sections = list(sections)
+    free: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for piece in pieces(pinned=any(section.target.is_cuda for section in sections)):
+        free.put(piece)
+    streams = Streams()
+    streams.follow(section.target for section in sections)
+
+    def read_part_(descriptor: int, start: int, target: torch.Tensor) -> None:
+        piece = free.get()
+        try:
+            fill_(descriptor, start, piece[: len(target)])
+            streams.copy_(target, piece[: len(target)])
+            streams.wait()
+        finally:
+            free.put(piece)
+
+    with ThreadPoolExecutor(min(_NUM_READERS, NUM_PIECES)) as readers:
+        reading = [
+            readers.submit(read_part_, descriptor, start + index * PIECE_BYTES, part)
+            for descriptor, start, target in sections
+            for index, part in enumerate(target.split(PIECE_BYTES))
+        ]
+        for part in reading:
+            part.result()
+
+
+def fill_(descriptor: int, start: int, target: torch.Tensor) -> None:
+    """Read a part of a file into `(bytes,)` of uint8 on the CPU.
+
+    Raises:
+        EOFError: If the file ends before.
+    """
+    left = memoryview(target.numpy().data)
+    while left:
+        count = os.preadv(descriptor, [left], start)
+        if not count:
+            raise EOFError(f"the file ends {len(left)} bytes before the tensor")
+        left, start = left[count:], start + count

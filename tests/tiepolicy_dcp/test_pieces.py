@@ -1,0 +1,106 @@
+"""Data files: tensors written piece by piece are those that `torch.load` reads, and the record is that of the file."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiepolicy_dcp import _pieces
+from tiepolicy_dcp._archives import find_tensor
+from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, fetch_, read_
+from tiepolicy_dcp._files import write_tensors
+from tiepolicy_dcp._frames import STORAGES, frame
+
+
+def framed(tensor):
+    around = frame(tensor.shape, tensor.dtype)
+    return around.head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes() + around.tail
+
+
+@given(shape=st.lists(st.integers(0, 5), max_size=3), dtype=st.sampled_from(sorted(STORAGES.values(), key=str)))
+def test_torch_reads_a_frame_and_what_is_in_it(shape, dtype):
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    content = framed(tensor)
+    loaded = torch.load(io.BytesIO(content), weights_only=True)
+    assert (tensor.dtype, tensor.shape, tensor.stride()) == (loaded.dtype, loaded.shape, loaded.stride())
+    assert torch.equal(tensor, loaded)
+    found = find_tensor(io.BytesIO(content), 0, len(content))
+    assert (tuple(shape), dtype) == (found.shape, found.dtype)
+
+
+def test_torch_reads_a_frame_with_another_reader_too(tmp_path):
+    tensor = torch.arange(1000.0).reshape(50, 20)
+    (tmp_path / "t.pt").write_bytes(framed(tensor))
+    assert torch.equal(tensor, torch.load(tmp_path / "t.pt", mmap=True, weights_only=True))
+
+
+def every_layout():
+    """Tensors of which each is stored in a way of its own, two of them longer than a piece."""
+    return [
+        torch.randint(0, 256, (2 * PIECE_BYTES + 12_345,), dtype=torch.uint8),
+        torch.randn(1000, 1100).T,
+        torch.arange(24.0).reshape(4, 6)[1:3, 2:5],
+        torch.zeros(2).expand(3, 2),
+        torch.tensor(7),
+        torch.empty(0, 3),
+        torch.randn(5).to(torch.float8_e4m3fn),
+        torch.randn(3, dtype=torch.complex64).conj(),
+    ]
+
+
+def check_file(path, tensors, written):
+    content = path.read_bytes()
+    assert (len(content), xxhash.xxh3_128(content).hexdigest()) == written.record
+    for tensor, (start, length) in zip(tensors, written.places, strict=True):
+        loaded = torch.load(io.BytesIO(content[start : start + length]), weights_only=True)
+        assert (tensor.dtype, tensor.shape) == (loaded.dtype, loaded.shape)
+        assert torch.equal(tensor.to(torch.complex64), loaded.to(torch.complex64))
+
+
+def test_tensors_of_every_layout_are_written_whole(tmp_path):
+    tensors = every_layout()
+    check_file(tmp_path / "data", tensors, write_tensors(tmp_path / "data", tensors))
+
+
+def test_a_file_system_that_knows_only_its_cache_is_written_through_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(_pieces, "_open_past_cache", lambda _: None)
+    tensors = every_layout()
+    check_file(tmp_path / "data", tensors, write_tensors(tmp_path / "data", tensors))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+def test_a_piece_that_cannot_be_written_is_an_error_that_is_heard(tmp_path, monkeypatch):
+    monkeypatch.setattr(_pieces, "_open_past_cache", lambda _: os.open("/dev/full", os.O_WRONLY))
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tensors(tmp_path / "data", every_layout())
+
+
+def test_without_a_digest_there_is_a_size(tmp_path):
+    written = write_tensors(tmp_path / "data", [torch.ones(5)], digest=False)
+    assert ((tmp_path / "data").stat().st_size, "") == written.record
+
+
+def test_what_is_fetched_piece_by_piece_arrives(tmp_path):
+    sources = every_layout()
+    targets = [torch.empty(source.shape, dtype=source.dtype) for source in sources]
+    fetch_(zip(targets, sources, strict=True), Streams())
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target.to(torch.complex64), source.to(torch.complex64))
+
+
+def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path):
+    content = torch.randint(0, 256, (3 * PIECE_BYTES,), dtype=torch.uint8)
+    (tmp_path / "data").write_bytes(content.numpy().tobytes())
+    starts, lengths = (7, PIECE_BYTES + 9, 0), (PIECE_BYTES, 2 * PIECE_BYTES - 9, 0)
+    targets = [torch.empty(length, dtype=torch.uint8) for length in lengths]
+    with (tmp_path / "data").open("rb") as file:
+        read_(Section(file.fileno(), *part) for part in zip(starts, targets, strict=True))
+        for start, target in zip(starts, targets, strict=True):
+            assert torch.equal(content[start : start + len(target)], target)
+        with pytest.raises(EOFError, match="the file ends 1 bytes before the tensor"):
+            read_([Section(file.fileno(), len(content) - 4, torch.empty(5, dtype=torch.uint8))])
