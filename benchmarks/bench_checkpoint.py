@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,14 +19,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import checkpoint_on_gpu
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
+from environment import environment
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -40,6 +40,7 @@ import tiepolicy_dcp
 
 Row = dict[str, Any]
 HEAD = "lm_head.weight"
+PACKAGES = ("safetensors", "transformers", "xxhash")
 
 
 def llama(*, tied: bool, size: float) -> LlamaForCausalLM:
@@ -348,13 +349,20 @@ def run_case(folder: Path, *, tied: bool, size: float, num_rounds: int) -> list[
 def main() -> None:
     """Measure both models, print the table, write it as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--size", type=float, default=0.5, help="GB of unique bytes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cuda: a draft on a GPU, see checkpoint_on_gpu.py")
+    parser.add_argument("--size", type=float, default=0.5, help="GB of unique bytes, on the CPU")
+    parser.add_argument("--scale", type=int, default=1, help="what the dimensions of the draft are divided by")
+    parser.add_argument("--rounds", type=int, help="5 on the CPU, 2 on a GPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--folder", type=Path, help="where to write the checkpoints; the disk that is measured")
     parser.add_argument("--ranked", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tied", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    on_cpu = arguments.device == "cpu" and arguments.scale == 1
+    arguments.rounds = arguments.rounds or (5 if on_cpu else 2)
+    if not on_cpu:
+        checkpoint_on_gpu.run(arguments)
+        return
     torch.set_num_threads(1)
     if arguments.ranked is not None:
         as_rank(arguments.ranked, tied=bool(arguments.tied), size=arguments.size, num_rounds=arguments.rounds)
@@ -364,18 +372,9 @@ def main() -> None:
             rows += run_case(Path(folder), tied=tied, size=arguments.size, num_rounds=arguments.rounds)
     print(table(rows))
     if arguments.out is not None:
-        environment = {
-            "size_gb": arguments.size,
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "load_average": os.getloadavg(),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip(),
-            **{name: version(name) for name in ("torch", "safetensors", "transformers", "xxhash")},
-        }
+        found = {"environment": {"size_gb": arguments.size, **environment(*PACKAGES)}, "rows": rows}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, *, num_steps
     losses = []
     for _ in range(num_steps):
         ids = torch.randint(0, model.embed_tokens.num_embeddings, (6,), generator=generator)
+        ids = ids.to(next(model.parameters()).device)
         loss = nn.functional.cross_entropy(model(ids), ids.roll(1))
         optimizer.zero_grad()
         loss.backward()
