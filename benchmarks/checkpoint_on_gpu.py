@@ -250,13 +250,11 @@ def our_async_rows(model: nn.Module, folder: Path, worker: Any) -> Iterator[Row]
         for number in range(3):
             kind = ", first" if number == 0 else ", later"
             expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            name = f"step_{number}"
-
-            begin = functools.partial(store.async_save, name, model=model, worker=worker)
+            begin = functools.partial(store.async_save, f"step_{number}", model=model, worker=worker)
             scramble = functools.partial(scramble_, model)
             yield from async_rows(f"tiepolicy_dcp, {worker}", begin, total, kind=kind, then=scramble)
-        store.load(f"step_{number}", model=model)
-        check(model, expected)
+            store.load("LATEST", model=model)
+            check(model, expected)
     shutil.rmtree(folder / "run")
 
 
@@ -269,9 +267,8 @@ def optimizer_rows(device: torch.device, folder: Path, scale: int) -> Iterator[R
     with tiepolicy_dcp.CheckpointStore(folder / "run", keep_last=1) as store:
         for number in range(3):
             kind = ", first" if number == 0 else ", later"
-            name = f"step_{number}"
-
-            begin = functools.partial(store.async_save, name, model=model, optimizer=optimizer, extra=extra)
+            trained = {"model": model, "optimizer": optimizer, "extra": extra}
+            begin = functools.partial(store.async_save, f"step_{number}", **trained)
             yield from async_rows(tool, begin, total, kind=kind)
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         remember(store.resolve("LATEST"))

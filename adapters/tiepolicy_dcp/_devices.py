@@ -45,7 +45,12 @@ class Streams:
 
     def marks(self) -> list[torch.cuda.Event]:
         """Events that happen when the copies up to now are made; waiting for one takes no processor."""
-        return [stream.record_event(torch.cuda.Event(blocking=True)) for stream in self._streams.values()]
+        marks = []
+        for stream in self._streams.values():
+            mark = torch.cuda.Event(blocking=True)
+            mark.record(stream)
+            marks.append(mark)
+        return marks
 
     def wait(self) -> None:
         """Wait for all copies."""
