@@ -1,19 +1,13 @@
-"""Step 42: what a run will take, from its settings and the target's config alone: nothing is loaded.
-
-Memory follows from formulas, so it is an estimate: what a library keeps for itself is left out, and every token counts
-as supervised, which few are.
-"""
+"""Step 46: what a run will take, from its settings and the target's config alone: nothing is loaded."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from eagle3.cache import bytes_per_token
 from eagle3.config import RunConfig
@@ -21,15 +15,16 @@ from eagle3.conversations import count_conversations
 from eagle3.description import TargetDescription, choose_layers, describe_target, model_class
 from eagle3.draft import Draft, draft_config
 from eagle3.errors import ConfigError
+from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data
+from eagle3.sizes import ASSUMED, Supervision
+from eagle3.speed import ATTENTION, DEVICES, PRODUCTS, DeviceName
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 from tiepolicy import format_bytes
 
 # Of English text; other languages and code have fewer.
 _BYTES_PER_TOKEN = 4.0
 _CONSOLE_WIDTH = 100
-_HEAD_CHUNK = 2048
-_TEACHER_CHUNK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +33,12 @@ class EstimateConfig(RunConfig):
 
     Args:
         processes: How many processes train together, one per device.
+        device: Kind of the devices: NVIDIA H200, H100 SXM or A100 SXM.
         json: Print JSON in place of a table.
     """
 
     processes: int = 1
+    device: DeviceName = "h200"
     json: bool = False
 
     def __post_init__(self) -> None:
@@ -58,7 +55,7 @@ class DataEstimate:
         is_counted: Whether tokens were counted by an earlier command; if not, they follow from the size of the file.
         num_conversations: That can be trained on, or lines of the file.
         num_tokens: Of one epoch.
-        supervised_share: Of them, 0 to 1; None if they were not counted.
+        supervision: How many of them the assistant wrote.
         num_rows: Of one epoch.
         coverage: Share of the supervised tokens that the draft vocabulary holds; None if they were not counted.
     """
@@ -66,7 +63,7 @@ class DataEstimate:
     is_counted: bool
     num_conversations: int
     num_tokens: int
-    supervised_share: float | None
+    supervision: Supervision
     num_rows: int
     coverage: float | None
 
@@ -85,6 +82,8 @@ class Estimate:
         cache_bytes: On disk for the states of one epoch's tokens; None if there is no data yet.
         data: None if the file is not there yet.
         num_steps: Of the whole run; None if there is no data yet.
+        step_seconds: Of an optimizer step all of whose rows are full.
+        run_seconds: Of all steps, at the mean length of rows; None if there is no data yet.
     """
 
     target_parameters: int
@@ -96,15 +95,18 @@ class Estimate:
     cache_bytes: int | None
     data: DataEstimate | None
     num_steps: int | None
+    step_seconds: float
+    run_seconds: float | None
 
 
-def estimate(config: RunConfig, *, num_processes: int) -> Estimate:
+def estimate(config: RunConfig, *, num_processes: int, device: DeviceName = "h200") -> Estimate:
     """Computes what a run will take.
 
     Args:
         config: Of the run. Of its files only the target's `config.json` and `tokenizer.json`, the size of the data, and
             tokens that an earlier command has kept are read.
         num_processes: How many train together.
+        device: Kind of the devices.
 
     Raises:
         TargetError: The target's config cannot be read, or it is too shallow.
@@ -121,21 +123,30 @@ def estimate(config: RunConfig, *, num_processes: int) -> Estimate:
     with torch.device("meta"):
         draft = Draft(draft_config(description.config, draft_vocab_size=vocab_size, options=config.draft))
         target = model_class(description.whole_config).from_config(description.whole_config)
-    trainable = _num_elements(draft, requires_grad=True)
+    forecast = Forecast(config, draft, target, num_processes=num_processes)
+    trainable = forecast.num_weights
     data = _estimate_data(config, description)
+    supervision = ASSUMED if data is None else data.supervision
+    num_steps = None if data is None else _num_steps(config, data, num_processes)
+    run_seconds = None
+    if data is not None and num_steps is not None:
+        mean_length = max(2, min(config.data.max_length, round(data.num_tokens / data.num_rows)))
+        run_seconds = num_steps * forecast.seconds(DEVICES[device], supervision, row_length=mean_length)
     per_token = bytes_per_token(description.hidden_size, config.target.dtype)
     return Estimate(
         target_parameters=sum(parameter.numel() for parameter in target.parameters()),
         trainable_parameters=trainable,
-        frozen_parameters=_num_elements(draft, requires_grad=False),
+        frozen_parameters=sum(parameter.numel() for parameter in draft.parameters()) - trainable,
         target_layers=layers,
-        memory=_memory(config, draft, target, num_processes=num_processes),
+        memory=forecast.memory(supervision),
         checkpoint_bytes=_checkpoint_bytes(
             draft, trainable=trainable, consolidated=config.checkpoint.save_consolidated
         ),
         cache_bytes=None if data is None else data.num_tokens * per_token,
         data=data,
-        num_steps=None if data is None else _num_steps(config, data, num_processes),
+        num_steps=num_steps,
+        step_seconds=forecast.seconds(DEVICES[device], supervision, row_length=config.data.max_length),
+        run_seconds=run_seconds,
     )
 
 
@@ -145,10 +156,12 @@ def print_estimate(config: EstimateConfig) -> None:
     Raises:
         Eagle3Error: As for `estimate`.
     """
-    result = estimate(config, num_processes=config.processes)
+    result = estimate(config, num_processes=config.processes, device=config.device)
     console = Console(width=_CONSOLE_WIDTH)
     if config.json:
-        entry = {**asdict(result), "memory_total": sum(result.memory.values()), "processes": config.processes}
+        given = {"processes": config.processes, "device": DEVICES[config.device].name}
+        assumes = list(_assumptions(config, result))
+        entry = {**asdict(result), "memory_total": sum(result.memory.values()), **given, "assumes": assumes}
         console.print_json(json.dumps(entry))
         return
     table = Table(title=f"eagle3 estimate: {config.target.model}", show_header=False, width=_CONSOLE_WIDTH)
@@ -173,8 +186,14 @@ def _sections(config: EstimateConfig, result: Estimate) -> Iterator[list[tuple[s
         (f"memory, each {devices}" if config.processes > 1 else "memory", format_bytes(sum(result.memory.values()))),
     ]
     yield list(_data_rows(config, result))
+    run = "unknown" if result.run_seconds is None else f"{_about(result)}{_duration(result.run_seconds)}"
+    yield [
+        (f"time per step, {DEVICES[config.device].name}", f"{1e3 * result.step_seconds:.3g} ms, all rows full"),
+        ("time of the run", run),
+    ]
     cache = "unknown" if result.cache_bytes is None else f"{_about(result)}{format_bytes(result.cache_bytes)}"
     yield [("disk per checkpoint", format_bytes(result.checkpoint_bytes)), ("disk for a cache of states", cache)]
+    yield [("assumes", "\n".join(_assumptions(config, result)))]
 
 
 def _data_rows(config: RunConfig, result: Estimate) -> Iterator[tuple[str, str]]:
@@ -183,7 +202,7 @@ def _data_rows(config: RunConfig, result: Estimate) -> Iterator[tuple[str, str]]
         yield "data", f"{config.data.train} is not there yet, so tokens and steps are unknown"
         return
     about = _about(result)
-    shares = "" if data.supervised_share is None else f", {data.supervised_share:.1%} of them supervised"
+    shares = f", {data.supervision.share:.1%} of them supervised" if data.supervision.is_counted else ""
     yield "conversations", f"{data.num_conversations:,}"
     yield "tokens per epoch", f"{about}{data.num_tokens:,}{shares}"
     yield "optimizer steps", f"{about}{result.num_steps:,} in {config.train.epochs} epochs"
@@ -193,61 +212,28 @@ def _data_rows(config: RunConfig, result: Estimate) -> Iterator[tuple[str, str]]
         yield "coverage of the draft vocabulary", f"{data.coverage:.2%} of what the assistant wrote"
 
 
+def _assumptions(config: EstimateConfig, result: Estimate) -> Iterator[str]:
+    """What the numbers for memory and time rest on, a sentence each."""
+    supervision = ASSUMED if result.data is None else result.data.supervision
+    source = "counted" if supervision.is_counted else "a guess until `eagle3 vocab` has counted the tokens"
+    yield f"{supervision.share:.0%} of the tokens supervised, in spans of {supervision.mean_span:.0f} ({source})."
+    device = DEVICES[config.device]
+    source = "as measured" if device.is_measured else "as measured on an NVIDIA H200"
+    yield f"{PRODUCTS:.0%} of the peak in products and {ATTENTION:.0%} in attention ({source})."
+    yield "Memory is what torch allocates at most; CUDA and its libraries take up to 1 GB beside it."
+    yield "Left out of the time: data, exchange between devices, validation, checkpoints."
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    for unit, length in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
 def _about(result: Estimate) -> str:
     return "" if result.data is not None and result.data.is_counted else "about "
-
-
-def _num_elements(draft: Draft, *, requires_grad: bool) -> int:
-    return sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad == requires_grad)
-
-
-def _memory(config: RunConfig, draft: Draft, target: PreTrainedModel, *, num_processes: int) -> dict[str, int]:
-    """Bytes of one device, by what they are for; draft and target on the meta device."""
-    compute = 4 if config.train.precision == "float32" else 2
-    target_bytes = 2 if config.target.dtype == "bfloat16" else 4
-    trainable = _num_elements(draft, requires_grad=True)
-    shared_by = {"data": 1, "shard": num_processes, "hybrid": config.parallel.shard_size or num_processes}
-    own = -(-trainable // shared_by[config.parallel.kind])
-    embedding: Any = target.get_input_embeddings()
-    head: Any = target.get_output_embeddings()
-    vocab, width = embedding.weight.shape
-    # Of a target whose states come from disk only these two are there, or one that is both.
-    tables = {id(table.weight): table.weight.numel() for table in (embedding, head)}
-    loaded = target.parameters() if config.target.cache is None else ()
-    num_target = sum(parameter.numel() for parameter in loaded) or sum(tables.values())
-    num_tokens = config.train.batch_size * config.data.max_length
-    return {
-        "weights of the target": target_bytes * num_target,
-        "embedding of the draft": 0
-        if draft.config.hidden_size == width
-        else 4 * _num_elements(draft, requires_grad=False),
-        "master weights (float32)": 4 * own,
-        "weights to compute with": compute * trainable if compute < 4 else 0,
-        "gradients (float32)": 4 * own,
-        "moments of AdamW (float32)": 8 * own,
-        "states of the target": num_tokens * 4 * width * target_bytes,
-        "activations of the draft": num_tokens * _activation_elements(draft, config.unroll.steps) * compute,
-        "logits, a chunk at a time": _logit_bytes(draft, vocab, num_tokens, target_bytes),
-    }
-
-
-def _activation_elements(draft: Draft, num_steps: int) -> int:
-    """Elements that one token keeps for the backward pass over all steps."""
-    config = draft.config
-    head_dim, num_kv_heads = config.head_dim, config.num_key_value_heads
-    assert head_dim is not None
-    assert num_kv_heads is not None
-    attention = 2 * (config.num_attention_heads + num_kv_heads) * head_dim
-    # Both normed halves of the input, four states between norms and sums, and three times the MLP's width.
-    per_step: int = 6 * config.hidden_size + attention + 3 * config.intermediate_size
-    return num_steps * per_step
-
-
-def _logit_bytes(draft: Draft, vocab_size: int, num_tokens: int, target_bytes: int) -> int:
-    draft_vocab_size: int = draft.config.draft_vocab_size
-    loss = 3 * 4 * _HEAD_CHUNK * draft_vocab_size
-    teacher = target_bytes * (num_tokens * draft_vocab_size + _TEACHER_CHUNK * vocab_size)
-    return loss + teacher
 
 
 def _checkpoint_bytes(draft: Draft, *, trainable: int, consolidated: bool) -> int:
@@ -271,7 +257,7 @@ def _estimate_data(config: RunConfig, description: TargetDescription) -> DataEst
             is_counted=False,
             num_conversations=num_conversations,
             num_tokens=num_tokens,
-            supervised_share=None,
+            supervision=ASSUMED,
             num_rows=packed if config.data.packing else num_conversations,
             coverage=None,
         )
@@ -282,7 +268,7 @@ def _estimate_data(config: RunConfig, description: TargetDescription) -> DataEst
         is_counted=True,
         num_conversations=len(data.examples),
         num_tokens=data.num_tokens,
-        supervised_share=data.num_supervised / data.num_tokens,
+        supervision=Supervision.of(data),
         num_rows=data.num_rows,
         coverage=choose_draft_vocab(counts_V, size=config.draft.vocab_size, forced_ids=forced).coverage,
     )

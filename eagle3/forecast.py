@@ -1,0 +1,91 @@
+"""Step 45: what one device spends on an optimizer step of a run: bytes by what they are for, and seconds."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eagle3.config import RunConfig
+from eagle3.draft import Draft
+from eagle3.fused_scorer import obstacle
+from eagle3.memory import batch_bytes, weight_bytes
+from eagle3.sizes import StepSizes, Supervision, sizes_of
+from eagle3.speed import Device, TargetSizes, step_seconds
+
+
+class Forecast:
+    """What follows from a run's settings and the shapes of its models.
+
+    Args:
+        config: Of the run.
+        draft: On the meta device.
+        target: On the meta device.
+        num_processes: How many train together, one per device.
+
+    Attributes:
+        num_weights: Trainable elements of the draft.
+        is_fused: Whether a GPU takes the fused step.
+    """
+
+    def __init__(self, config: RunConfig, draft: Draft, target: PreTrainedModel, *, num_processes: int) -> None:
+        self.config = config
+        self.draft = draft
+        self.num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
+        self.is_fused = config.train.step != "autograd" and obstacle(config, draft) is None
+        shared_by = {"data": 1, "shard": num_processes, "hybrid": config.parallel.shard_size or num_processes}
+        self._num_own = -(-self.num_weights // shared_by[config.parallel.kind])
+        self._element = 2 if config.target.dtype == "bfloat16" else 4
+        self._compute = 4 if config.train.precision == "float32" else 2
+        embedding: Any = target.get_input_embeddings()
+        head: Any = target.get_output_embeddings()
+        self._head_elements: int = head.weight.numel()
+        # A target whose states come from disk is only these two, or one that is both.
+        tables = {id(table.weight): table.weight.numel() for table in (embedding, head)}
+        self._num_tables = sum(tables.values())
+        self._num_layer_weights = sum(parameter.numel() for parameter in target.parameters()) - self._num_tables
+        self._text: Any = target.config.get_text_config(decoder=True)
+
+    def memory(self, supervision: Supervision) -> dict[str, int]:
+        """Bytes of one device while all rows are full, by what they are for."""
+        config, sizes = self.config, self._sizes(supervision, self.config.data.max_length)
+        num_target = self._num_tables + (self._num_layer_weights if config.target.cache is None else 0)
+        frozen = sum(parameter.numel() for parameter in self.draft.parameters()) - self.num_weights
+        is_shared = self.draft.config.hidden_size == self.draft.config.target_hidden_size
+        return {
+            "weights of the target": self._element * num_target,
+            "head of the target, reordered": self._element * self._head_elements if self.is_fused else 0,
+            "embedding of the draft": 0 if is_shared else 4 * frozen,
+            **weight_bytes(
+                self.num_weights,
+                num_own=self._num_own,
+                is_fused=self.is_fused,
+                compute=self._compute,
+                accumulates=config.train.accumulate > 1,
+            ),
+            **batch_bytes(sizes, is_fused=self.is_fused, compute=self._compute, target=self._element),
+        }
+
+    def seconds(self, device: Device, supervision: Supervision, *, row_length: int) -> float:
+        """How long an optimizer step takes where rows have so many tokens."""
+        return step_seconds(
+            self._sizes(supervision, row_length),
+            device,
+            target=self._live_target(),
+            is_fused=self.is_fused,
+            is_float32=self._compute == 4,
+            num_batches=self.config.train.accumulate,
+        )
+
+    def _sizes(self, supervision: Supervision, row_length: int) -> StepSizes:
+        return sizes_of(self.config, self.draft.config, supervision, row_length=row_length)
+
+    def _live_target(self) -> TargetSizes | None:
+        if self.config.target.cache is not None:
+            return None
+        text = self._text
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return TargetSizes(
+            num_weights=self._num_layer_weights,
+            num_layers=text.num_hidden_layers,
+            queries=text.num_attention_heads * head_dim,
+            is_float32=self._element == 4,
+        )
