@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tiepolicy import Owners, TiePlan
 from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard
-from tiepolicy_dcp._ranks import is_distributed, is_first_rank, on_all_ranks, on_first_rank
+from tiepolicy_dcp._ranks import all_present, is_distributed, is_first_rank, on_all_ranks, on_first_rank
 from tiepolicy_dcp._save import Contents, Job, begin, collect, complete
 from tiepolicy_dcp._staging import SharedStaging, Staging
 from tiepolicy_dcp._worker import WorkerProcess
@@ -87,7 +87,8 @@ class AsyncSaver:
         self._staging = self._shared or Staging()
         self._process = None if self._shared is None else WorkerProcess(self._shared.descriptor)
         # The trainer's collectives and ours must not meet in one group, nor ours wait for a GPU.
-        group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        with all_present():
+            group: Any = dist.new_group(backend="gloo") if is_distributed() else None
         self._group: dist.ProcessGroup | None = group
         self._pending: PendingSave | None = None
 

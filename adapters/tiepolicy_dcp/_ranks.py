@@ -100,7 +100,7 @@ def all_present() -> Iterator[None]:
         # NCCL has a class for it; gloo's errors are known by the file of its source that they name.
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        cause = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0])
+        cause = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         raise LostRankError(
             f"another rank of this run is gone or cannot be reached ({cause}), and what all ranks do together cannot "
             "be finished. Every checkpoint that has a name is whole: end the processes that remain, and start again "

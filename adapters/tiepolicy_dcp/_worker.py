@@ -32,7 +32,9 @@ class WorkerProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start the process if there is none; returns at once."""
+        """Start the process if there is none, or none any more; returns at once."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "from tiepolicy_dcp._worker import main; main()", str(self._descriptor)],
@@ -88,8 +90,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the trainer, which then closes the pipe
     descriptor = int(sys.argv[1])
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(_answer(descriptor, json.loads(line))) + "\n")
-        sys.stdout.flush()
+        answer = json.dumps(_answer(descriptor, json.loads(line)))
+        try:
+            print(answer, flush=True)  # noqa: T201 - the pipe
+        except BrokenPipeError:  # nobody waits for it: the process that asked was killed
+            os._exit(1)
 
 
 def _answer(descriptor: int, request: Mapping[str, Any]) -> dict[str, Any]:
