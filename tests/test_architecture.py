@@ -21,11 +21,11 @@ PACKAGES = {
 #: Reading order inside the packages: a module imports only modules that stand before it.
 FLOW = {
     "tiepolicy": """errors _facts _memory _modules _observe _claims _verdicts _evidence _groups _joining _companions
-        _values _conflict _external _retie _table _picture _manifest _plan hookspecs _rules _trace _policy _reconcile
-        _paths _safetensors _unpickling _contents _digests _verify _diff _plugins _inspect _cli __main__ __init__ _cases
-        _laws testing""",
+        _values _conflict _external _retie _table _picture _paths _manifest _plan hookspecs _rules _trace _policy
+        _reconcile _safetensors _pickles _unpickling _contents _digests _verify _diff _plugins _inspect _cli __main__
+        __init__ _cases _laws testing""",
     "tiepolicy_hf": "_declared _plugin _flags _folder _save _load _trainer __init__",
-    "tiepolicy_dcp": """errors _ranks _folder _digests _devices _frames _pieces _files _archives _reader _writer
+    "tiepolicy_dcp": """errors _ranks _folder _devices _frames _pieces _files _archives _reader _writer
         _state _extra _retention _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker
         _async _store __init__""",
     "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel _pipeline __init__",

@@ -14,6 +14,16 @@ from tiepolicy._conflict import Moment as Moment
 from tiepolicy._conflict import Resolution as Resolution
 from tiepolicy._conflict import Way as Way
 from tiepolicy._conflict import settle as settle
+from tiepolicy._digests import DIGESTS as DIGESTS
+from tiepolicy._digests import Digest as Digest
+from tiepolicy._digests import FileRecord as FileRecord
+from tiepolicy._digests import Verify as Verify
+from tiepolicy._digests import check_files as check_files
+from tiepolicy._digests import check_recorded as check_recorded
+from tiepolicy._digests import digests_text as digests_text
+from tiepolicy._digests import measure as measure
+from tiepolicy._digests import new_digest as new_digest
+from tiepolicy._digests import read_digests as read_digests
 from tiepolicy._evidence import View as View
 from tiepolicy._external import ExternalTie as ExternalTie
 from tiepolicy._external import Owners as Owners
@@ -29,6 +39,9 @@ from tiepolicy._observe import observe as observe
 from tiepolicy._paths import MANIFEST_KEY as MANIFEST_KEY
 from tiepolicy._paths import member as member
 from tiepolicy._paths import read_json as read_json
+from tiepolicy._pickles import Record as Record
+from tiepolicy._pickles import RecordUnpickler as RecordUnpickler
+from tiepolicy._pickles import record as record
 from tiepolicy._plan import TiePlan as TiePlan
 from tiepolicy._policy import Policy as Policy
 from tiepolicy._policy import default_policy

@@ -1,4 +1,4 @@
-"""Step 34, `python -m tiepolicy`: the commands of `tiepolicy`."""
+"""Step 35, `python -m tiepolicy`: the commands of `tiepolicy`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Step 33, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 34, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import os

@@ -1,5 +1,6 @@
-"""Step 27, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
+"""Step 28, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,8 @@ def read_contents(path: Path) -> Contents:
         raise CheckpointError(f"{path} is neither a file nor a folder")
     if (path / METADATA).exists():
         return _read_dcp(path)
-    headers = {file: read_header(member(path, file, named_by=path.name)) for file in weight_files(path)}
+    named_by = index_file(path)
+    headers = {file: read_header(member(path, file, named_by=named_by)) for file in weight_files(path)}
     tensors: dict[str, Stored] = {}
     for file, header in headers.items():
         twice = min(tensors.keys() & header.tensors.keys(), default=None)
@@ -156,7 +158,7 @@ def weight_files(folder: Path) -> list[str]:
     """
     index = index_file(folder)
     if index is not None:
-        return sorted(set(read_index(folder / index).values()))
+        return sorted(set(read_index(member(folder, index)).values()))
     files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".safetensors"))
     if _WEIGHTS in files or len(files) == 1:
         return [_WEIGHTS] if _WEIGHTS in files else files
@@ -201,10 +203,10 @@ def read_plan(folder: Path) -> TiePlan | None:
         ManifestError: If it cannot be trusted.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        return TiePlan.from_manifest(read_json(path))
+        return TiePlan.from_manifest(read_json(member(folder, MANIFEST)))
     except ManifestError as error:
         raise ManifestError(f"{path}: {error}", names=error.names) from error
 

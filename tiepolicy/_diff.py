@@ -1,11 +1,11 @@
-"""Step 30, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
+"""Step 31, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tiepolicy._contents import DCP, MODEL_PREFIX, Contents, read_pieces
-from tiepolicy._digests import SIZES_ONLY, recorded_files
+from tiepolicy._digests import read_digests
 from tiepolicy.errors import CheckpointError
 
 FILE_DIFFERS = "file differs"
@@ -78,16 +78,13 @@ def diff_values(a: Contents, b: Contents) -> Comparison:
 def _different_files(a: Contents, b: Contents) -> list[Difference] | None:
     """The files with tensors whose recorded digests differ; None where the digests do not tell."""
     files = [{file for stored in contents.tensors.values() for file in stored.files} for contents in (a, b)]
-    (algorithm, in_a), (other, in_b) = recorded_files(a.path), recorded_files(b.path)
-    if (
-        algorithm in (None, SIZES_ONLY)
-        or algorithm != other
-        or files[0] != files[1]
-        or not files[0] <= in_a.keys() & in_b.keys()
-    ):
+    in_a, in_b = read_digests(a.path), read_digests(b.path)
+    if in_a is None or in_b is None or files[0] != files[1] or not files[0] <= in_a.keys() & in_b.keys():
+        return None
+    if not all(in_each[file].digest for in_each in (in_a, in_b) for file in files[0]):
         return None
     return [
-        Difference(name=file, kind=FILE_DIFFERS, a=in_a[file][1][:12], b=in_b[file][1][:12])
+        Difference(name=file, kind=FILE_DIFFERS, a=in_a[file].digest[:12], b=in_b[file].digest[:12])
         for file in sorted(files[0])
         if in_a[file] != in_b[file]
     ]

@@ -1,18 +1,134 @@
-"""Step 28, digests: the files of a checkpoint held against what was recorded of them when they were written."""
+"""Step 29, digests: the files of a checkpoint held against what was recorded of them when they were written.
+
+XXH3 with 128 bits finds accidents at the speed of memory. It is no signature: who can change a file can change its
+digest.
+"""
 
 import importlib
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol
 
-from tiepolicy._paths import member, read_json
+from tiepolicy._paths import member, open_file, read_json
 from tiepolicy.errors import CheckpointError
 
 #: File of a checkpoint with size and digest of all others.
 DIGESTS = "digests.json"
-#: The algorithm of a record without digests.
-SIZES_ONLY = "none"
+_ALGORITHM = "xxh3_128"
+#: What stands for it in a checkpoint that was saved without digests.
+_SIZES_ONLY = "none"
+_NUM_DIGITS = 32
 _CHUNK_BYTES = 1 << 22
+
+#: What a load checks of each file before reading it: size and digest, size only, or nothing.
+Verify = Literal["full", "size", "off"]
+
+
+class FileRecord(NamedTuple):
+    """Size in bytes and digest as hexadecimal of one file; an empty digest if there is none."""
+
+    num_bytes: int
+    digest: str
+
+
+class Digest(Protocol):
+    """A digest in the making."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Take some bytes."""
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes so far."""
+
+
+def new_digest() -> Digest:
+    """An empty digest.
+
+    Raises:
+        CheckpointError: If xxhash is not installed, which the extras `dcp` and `hf` bring; the core does without.
+    """
+    try:
+        digest: Digest = vars(importlib.import_module("xxhash"))[_ALGORITHM]()
+    except ImportError as error:
+        raise CheckpointError("digests of files need xxhash: pip install 'tiepolicy[dcp]'") from error
+    return digest
+
+
+def measure(paths: Iterable[Path], *, digests: bool = True) -> dict[str, FileRecord]:
+    """Size and, if asked for, digest of files, by file name."""
+    return {path.name: FileRecord(path.stat().st_size, _digest(path) if digests else "") for path in paths}
+
+
+def digests_text(records: Mapping[str, FileRecord]) -> str:
+    """What `digests.json` holds of the files of a checkpoint."""
+    files = {name: list(record) for name, record in sorted(records.items())}
+    algorithm = _ALGORITHM if all(record.digest for record in records.values()) else _SIZES_ONLY
+    return json.dumps({"algorithm": algorithm, "files": files}, indent=1)
+
+
+def read_digests(folder: Path) -> dict[str, FileRecord] | None:
+    """The records of a checkpoint; None if it has none.
+
+    Raises:
+        CheckpointError: If they are damaged, or of another algorithm.
+    """
+    path = folder / DIGESTS
+    if not os.path.lexists(path):
+        return None
+    content = read_json(member(folder, DIGESTS))
+    algorithm = content.get("algorithm")
+    if algorithm not in (_ALGORITHM, _SIZES_ONLY):
+        raise CheckpointError(f"{path} has the unknown algorithm {algorithm!r}: update tiepolicy to check its digests")
+    length = 0 if algorithm == _SIZES_ONLY else _NUM_DIGITS
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(_is_record(record, length) for record in files.values()):
+        raise CheckpointError(f"{path} is damaged: its files are no object of names with size and digest")
+    return {name: FileRecord(size, digest) for name, (size, digest) in files.items()}
+
+
+def check_files(
+    folder: Path, records: Mapping[str, FileRecord], names: Collection[str], *, verify: Verify, advice: str
+) -> None:
+    """Hold files of a checkpoint against their records.
+
+    Args:
+        folder: The checkpoint.
+        records: What was written.
+        names: The files to check.
+        verify: What to check of each.
+        advice: What to do about one that is damaged, as a sentence.
+
+    Raises:
+        CheckpointError: Naming the first file that is missing or holds something else than was written.
+    """
+    for name in names if verify != "off" else ():
+        problem = _problem(folder, name, records[name], verify)
+        if problem is not None:
+            raise CheckpointError(f"{problem}. Nothing was loaded. {advice}")
+
+
+def check_recorded(folder: Path, records: Mapping[str, FileRecord] | None, names: Iterable[str]) -> None:
+    """Refuse files that were not there when the checkpoint was written.
+
+    Args:
+        folder: The checkpoint.
+        records: What was written; nothing is refused if that is not known.
+        names: The files that are about to be read, if they are there.
+
+    Raises:
+        CheckpointError: Naming the first.
+    """
+    for problem in unrecorded_problems(folder, records, names):
+        raise CheckpointError(f"{problem}. Nothing was loaded")
+
+
+def unrecorded_problems(folder: Path, records: Mapping[str, FileRecord] | None, names: Iterable[str]) -> Iterator[str]:
+    """The same as sentences."""
+    for name in () if records is None else sorted(set(names) - set(records)):
+        if os.path.lexists(folder / name):
+            yield f"{folder / name} is not recorded in {DIGESTS}: it was put there later, or {DIGESTS} was edited"
 
 
 def digest_problems(folder: Path) -> Iterator[str]:
@@ -23,59 +139,34 @@ def digest_problems(folder: Path) -> Iterator[str]:
     Raises:
         CheckpointError: If the record is damaged, or its algorithm is not at hand.
     """
-    algorithm, files = recorded_files(folder)
-    if algorithm is None:
-        return
-    new = None if algorithm == SIZES_ONLY else _algorithm(folder / DIGESTS, algorithm)
-    for name, (size, digest) in sorted(files.items()):
+    records = read_digests(folder)
+    for name, record in sorted((records or {}).items()):
         try:
-            file = member(folder, name, named_by=DIGESTS)
+            problem = _problem(folder, name, record, "full")
         except CheckpointError as error:
-            yield str(error)
-            continue
-        found = file.stat().st_size
-        if found != size:
-            yield f"{file} has {found} bytes, but {size} were written: it was cut or replaced"
-        elif new is not None and _digest(file, new()) != digest:
-            yield f"{file} does not hold what was written: its digest differs, so it was damaged or replaced"
+            problem = str(error)
+        if problem is not None:
+            yield problem
 
 
-def recorded_files(folder: Path) -> tuple[str | None, dict[str, tuple[int, str]]]:
-    """The algorithm of a folder's record, None if it has none, and size and digest of each file by its name.
-
-    Raises:
-        CheckpointError: If the record is damaged.
-    """
-    path = folder / DIGESTS
-    if not path.exists():
-        return None, {}
-    content = read_json(path)
-    files = content.get("files")
-    if not isinstance(files, dict) or not all(_is_record(record) for record in files.values()):
-        raise CheckpointError(f"{path} is damaged: its files are no object of names with size and digest")
-    return str(content.get("algorithm")), {name: (size, digest) for name, (size, digest) in files.items()}
+def _problem(folder: Path, name: str, record: FileRecord, verify: Verify) -> str | None:
+    path = member(folder, name, named_by=DIGESTS)
+    size = path.stat().st_size
+    if size != record.num_bytes:
+        return f"{path} has {size} bytes, but {record.num_bytes} were written: it was cut or replaced"
+    if verify == "full" and record.digest and _digest(path) != record.digest:
+        return f"{path} does not hold what was written: its digest differs, so it was damaged or replaced"
+    return None
 
 
-def _algorithm(path: Path, name: Any) -> Callable[[], Any]:
-    """What makes a new hash of the named algorithm."""
-    if name == "xxh3_128":
-        try:
-            # Brought by the extra `dcp`, which wrote the record; the core does without.
-            new: Callable[[], Any] = vars(importlib.import_module("xxhash"))["xxh3_128"]
-        except ImportError as error:
-            raise CheckpointError(
-                f"the digests in {path} were not checked: they need xxhash, pip install 'tiepolicy[dcp]'"
-            ) from error
-        return new
-    raise CheckpointError(f"{path} has the unknown algorithm {name!r}: update tiepolicy to check its digests")
+def _is_record(record: Any, length: int) -> bool:
+    return isinstance(record, list) and [int, str] == [type(part) for part in record] and len(record[1]) == length
 
 
-def _is_record(record: Any) -> bool:
-    return isinstance(record, list) and [int, str] == [type(part) for part in record]
-
-
-def _digest(path: Path, state: Any) -> str:
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            state.update(chunk)
-    return str(state.hexdigest())
+def _digest(path: Path) -> str:
+    state = new_digest()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with open_file(path) as file:
+        while count := file.raw.readinto(buffer):  # type: ignore[attr-defined]  # a buffered file has one
+            state.update(buffer[:count])
+    return state.hexdigest()

@@ -1,11 +1,10 @@
-"""Step 17, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
+"""Step 18, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
 
 A name in a manifest may become part of a path or a line in a log, so it holds no path separator and no control
 character; a plan with such names works, but has no manifest. A key that this version does not know is refused: what it
 means cannot be kept.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,9 @@ from tiepolicy._evidence import View
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import Alias, RefusedClaim, TieGroup
+from tiepolicy._paths import parse_json
 from tiepolicy._verdicts import Decision, Reason, Verdict
-from tiepolicy.errors import ManifestError, TiePolicyError
+from tiepolicy.errors import CheckpointError, ManifestError, TiePolicyError
 
 FORMAT = "tiepolicy"
 VERSION = 1
@@ -27,8 +27,9 @@ VERSION = 1
 MAX_TENSORS = 1_000_000
 MAX_TEXT = 4096
 MAX_DIMS = 64
-MAX_BYTES = 256 * 1024 * 1024
 _MAX_SIZE = 2**63 - 1
+#: What a manifest lists; the last two only if there are any.
+_LISTS = ("tensors", "groups", "refused", "external", "companions")
 
 Parts = tuple[
     dict[str, TensorSpec],
@@ -108,29 +109,16 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def _parse(text: str | bytes) -> Any:
-    if len(text) > MAX_BYTES:
-        raise ManifestError(f"the manifest has {len(text)} bytes; none is larger than {MAX_BYTES}")
     try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ManifestError):
-            raise
-        raise ManifestError(f"the manifest is no JSON: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a key occur twice and the last one win; a manifest does not."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ManifestError(f"the manifest holds the key {twice!r} twice: it was damaged or edited", names=[twice])
-    return values
+        data = text.encode() if isinstance(text, str) else text
+        return parse_json(data, source="the manifest")
+    except (CheckpointError, UnicodeError) as error:
+        raise ManifestError(str(error)) from error
 
 
 def _read_parts(values: Mapping[str, Any]) -> Parts:
-    _check_keys(values, ("format", "version", "tensors", "groups", "refused"), optional=("external", "companions"))
-    if max(len(values[key]) for key in ("tensors", "groups", "refused")) > MAX_TENSORS:
+    _check_keys(values, ("format", "version", *_LISTS[:3]), optional=_LISTS[3:])
+    if max(len(values.get(key, ())) for key in _LISTS) > MAX_TENSORS:
         raise ManifestError(f"the manifest lists more than {MAX_TENSORS} tensors, groups or refused claims")
     check_names(values["tensors"])
     tensors = {name: _read_spec(spec) for name, spec in values["tensors"].items()}

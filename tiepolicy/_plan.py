@@ -1,4 +1,4 @@
-"""Step 18, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
+"""Step 19, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
 
 import functools
 import hashlib
@@ -85,6 +85,11 @@ class TiePlan:
         """The name under which the tensor called `name` is stored: itself unless it is an alias."""
         place = self._places.get(name)
         return name if place is None else place[0].canonical
+
+    def alias(self, name: str) -> Alias | None:
+        """How the tensor called `name` is rebuilt from another; None if it is stored itself."""
+        place = self._places.get(name)
+        return None if place is None else place[1]
 
     def stored(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor that a checkpoint of the whole model holds, by name."""

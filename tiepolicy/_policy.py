@@ -1,4 +1,4 @@
-"""Step 22, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+"""Step 23, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
 import itertools

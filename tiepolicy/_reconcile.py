@@ -1,4 +1,4 @@
-"""Step 23, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
+"""Step 24, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,11 +129,10 @@ def _from_owner(name: str, mine: ExternalTie | None, theirs: ExternalTie | None)
 def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> Action | None:
     """Find a tensor that is stored under another name only."""
     if isinstance(saved, TiePlan):
-        for group in saved.groups:
-            for alias in group.aliases:
-                if alias.name in members:
-                    note = f"{alias.name} and {group.canonical} were one tensor when saved; each gets its values"
-                    return Action(kind=ActionKind.COPY, saved=group.canonical, name=name, view=alias.view, note=note)
+        for alias in filter(None, map(saved.alias, members)):
+            canonical = saved.canonical(alias.name)
+            note = f"{alias.name} and {canonical} were one tensor when saved; each gets its values"
+            return Action(kind=ActionKind.COPY, saved=canonical, name=name, view=alias.view, note=note)
     else:
         for partner, claimant in _same_shaped_partners(name, plan):
             if partner in saved:

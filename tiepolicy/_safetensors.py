@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiepolicy._paths import MAX_JSON_BYTES, parse_json
+from tiepolicy._paths import MAX_JSON_BYTES, open_file, parse_json
 from tiepolicy.errors import CheckpointError
 
 #: Name in torch and size in bits of each dtype of the format.
@@ -75,7 +75,7 @@ def read_header(path: Path) -> Header:
         CheckpointError: If the file cannot be read, is cut, or its header is damaged.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")

@@ -1,4 +1,4 @@
-"""Step 21, tracing: what each plugin is asked and answers, one line each, for authors of plugins.
+"""Step 22, tracing: what each plugin is asked and answers, one line each, for authors of plugins.
 
 On if the environment variable TIEPOLICY_TRACE is set (and is not 0) when a policy is made; otherwise nothing of this
 module runs.

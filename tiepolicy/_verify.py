@@ -1,8 +1,9 @@
-"""Step 29, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
+"""Step 30, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
 
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,9 +21,9 @@ from tiepolicy._contents import (
     read_plan,
     weight_files,
 )
-from tiepolicy._digests import digest_problems
+from tiepolicy._digests import digest_problems, read_digests, unrecorded_problems
 from tiepolicy._facts import TensorSpec
-from tiepolicy._paths import MANIFEST, METADATA, member
+from tiepolicy._paths import MANIFEST, METADATA, member, read_json
 from tiepolicy._plan import TiePlan
 from tiepolicy._safetensors import Header, read_header
 from tiepolicy._unpickling import ChunkedTensor, Place, ShardedMetadata, parse_sharded_metadata
@@ -30,6 +31,8 @@ from tiepolicy.errors import TiePolicyError
 
 #: File of a DCP folder with the whole model as other tools read it.
 _CONSOLIDATED = "model.safetensors"
+#: Files of a DCP folder with what rides along.
+_EXTRA, _EXTRA_TENSORS = "extra.json", "extra.safetensors"
 
 #: Shape and dtype by name.
 _Specs = Mapping[str, tuple[tuple[int, ...], str]]
@@ -114,12 +117,12 @@ def _hf_problems(folder: Path) -> list[str]:
     index = index_file(folder)
 
     def read(file: str) -> None:
-        headers[file] = read_header(member(folder, file, named_by=index or folder.name))
+        headers[file] = read_header(member(folder, file, named_by=index))
 
     for file in weight_files(folder):
         _collect(problems, functools.partial(read, file))
     if index is not None:
-        problems += _index_problems(folder / index, headers)
+        problems += _index_problems(member(folder, index), headers)
     stored = {name: (entry.shape, entry.dtype) for header in headers.values() for name, entry in header.tensors.items()}
     if not problems:
         _collect(problems, lambda: read_contents(folder))
@@ -155,6 +158,8 @@ def _dcp_problems(folder: Path) -> list[str]:
 
     for file in sorted({place.file for place in found.places}):
         _collect(problems, functools.partial(measure, file))
+    beside = (METADATA, MANIFEST, _CONSOLIDATED, _EXTRA, _EXTRA_TENSORS)
+    _collect(problems, lambda: problems.extend(unrecorded_problems(folder, read_digests(folder), {*sizes, *beside})))
     places: dict[str, dict[_Offsets | None, Place]] = {}
     for place in found.places:
         places.setdefault(place.name, {})[place.offsets] = place
@@ -163,8 +168,12 @@ def _dcp_problems(folder: Path) -> list[str]:
         problems += _chunk_problems(folder / METADATA, name, tensor, places.get(name, {}))
     model = _strip({name: plain(tensor.spec) for name, tensor in found.tensors.items()})
     problems += _manifest_problems(folder, model, source=folder / METADATA, records=_records(found))
-    if (folder / _CONSOLIDATED).exists():
+    if os.path.lexists(folder / _CONSOLIDATED):
         _collect(problems, lambda: problems.extend(_consolidated_problems(folder)))
+    if os.path.lexists(folder / _EXTRA):
+        _collect(problems, lambda: read_json(member(folder, _EXTRA), allow_nan=True))
+    if os.path.lexists(folder / _EXTRA_TENSORS):
+        _collect(problems, lambda: read_header(member(folder, _EXTRA_TENSORS)))
     return problems
 
 
@@ -274,7 +283,7 @@ def _noted_problems(folder: Path, stored: _Specs, headers: Iterable[Header]) -> 
 
 
 def _consolidated_problems(folder: Path) -> list[str]:
-    path = member(folder, _CONSOLIDATED, named_by=folder.name)
+    path = member(folder, _CONSOLIDATED)
     stored = {name: (entry.shape, entry.dtype) for name, entry in read_header(path).tensors.items()}
     return _manifest_problems(folder, stored, source=path)
 
@@ -283,7 +292,8 @@ def _is_written_once(name: str, plan: TiePlan, records: Mapping[str, _Records]) 
     """Whether the bytes of an alias are those of the stored tensor, or of the rows that it is a view of."""
     canonical = plan.canonical(name)
     owner = records.get(canonical, set())
-    view = next((alias.view for alias in plan.part_aliases(canonical) if alias.name == name), None)
+    alias = plan.alias(name)
+    view = None if alias is None else alias.view
     if view is None:
         return records[name] == owner
     first = view.offset // max(1, math.prod(plan.tensors[canonical].shape[1:]))

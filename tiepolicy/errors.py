@@ -3,16 +3,24 @@
 from collections.abc import Iterable
 
 
+def _visible(text: str) -> str:
+    """A text with escapes for line ends and whatever else moves a cursor or forges a line of a log."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class TiePolicyError(ValueError):
     """Base of everything this library raises on purpose.
 
     Args:
-        message: What is wrong, where, why, and what to do.
-        names: The tensor names it is about.
+        message: What is wrong, where, why, and what to do. Control characters in it are shown, not sent to a terminal:
+            names come from files.
+        names: The tensor names it is about, as they are.
     """
 
     def __init__(self, message: str, *, names: Iterable[str] = ()) -> None:
-        super().__init__(message)
+        super().__init__(_visible(message))
         self.names = tuple(names)
 
 

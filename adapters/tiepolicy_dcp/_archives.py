@@ -1,4 +1,4 @@
-"""Step 8, archives: tensors that `torch.save` wrote are read straight to where they belong.
+"""Step 7, archives: tensors that `torch.save` wrote are read straight to where they belong.
 
 Format: a zip file of stored records, `data.pkl` and `data/0` among them (torch/serialization.py of torch 2.13).
 `torch.load` reads into memory of its own, which is then copied. What is no plain contiguous tensor is left to it.
@@ -10,19 +10,30 @@ import pickle
 import struct
 import sys
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, NoReturn, cast
+from typing import IO, Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from tiepolicy import Record, RecordUnpickler, record
 from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
 from tiepolicy_dcp._frames import STORAGES, contiguous_stride
+from tiepolicy_dcp.errors import CheckpointError
 
+#: Types that `torch.save` names beside a storage without one.
+_OTHER_DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
 #: What a record that is none, or no such tensor, makes of the steps of reading it.
-_NO_TENSOR = (AttributeError, LookupError, TypeError, ValueError, EOFError, zipfile.BadZipFile, pickle.PickleError)
+_NO_TENSOR = (
+    *(ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, EOFError, RuntimeError),
+    StopIteration,
+    *(struct.error, zipfile.BadZipFile, pickle.PickleError),
+)
+#: Of one tensor takes some hundred bytes.
+_MAX_PICKLE_BYTES = 1 << 16
 #: Signature to extra field, of which the lengths of the name and of the extra field are the last.
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
@@ -39,54 +50,108 @@ class ArchiveReader(FileSystemReader):
     """DCP's reader of a local folder, without a copy in between where that is possible."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the tensors that the plan asks for."""
+        """Fill the tensors that the plan asks for, once each was found where the metadata says it is."""
         left: list[ReadItem] = []
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        found: dict[str, list[tuple[StoredTensor, ReadItem]]] = {}
         for name, items in by_file.items():
-            with (Path(str(self.path)) / name).open("rb", buffering=0) as file:
-                for_devices: list[Section] = []
+            with self._open(name) as file:
                 for item in items:
-                    stored = self._find(cast("BinaryIO", file), item)
+                    stored = self._find(file, item)
                     if stored is None:
                         left.append(item)
                     else:
-                        for_devices += _read(cast("BinaryIO", file), stored, item, planner)
+                        found.setdefault(name, []).append((stored, item))
+        for name, pairs in found.items():
+            with self._open(name) as file:
+                for_devices: list[Section] = []
+                for stored, item in pairs:
+                    for_devices += _read(file, stored, item, planner)
                 read_(for_devices)
         return super().read_data(LoadPlan(left, plan.storage_data, plan.planner_data), planner)
+
+    def _open(self, name: str) -> BinaryIO:
+        return cast("BinaryIO", (Path(str(self.path)) / name).open("rb", buffering=0))
 
     def _find(self, file: BinaryIO, item: ReadItem) -> StoredTensor | None:
         info: _StorageInfo = self.storage_data[item.storage_index]
         if item.type is LoadItemType.BYTE_IO or info.transform_descriptors:
             return None
-        return find_tensor(file, info.offset, info.length)
+        stored = find_tensor(file, info.offset, info.length)
+        if stored is None:
+            check_archive(file, info.offset, info.length, name=item.dest_index.fqn)
+        elif not _holds(stored, item):
+            raise CheckpointError(
+                f"{item.dest_index.fqn} has a part of shape {stored.shape} in its file, which is not what the metadata "
+                "says"
+            )
+        return stored
 
 
 def find_tensor(file: BinaryIO, offset: int, length: int) -> StoredTensor | None:
     """Look at an archive that is a part of a file; None if it holds anything but a contiguous tensor of its own."""
     try:
-        with zipfile.ZipFile(cast("IO[bytes]", _Part(file, offset, length))) as archive:
+        with _archive(file, offset, length) as archive:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             data = records["data/0"]
-            described = _Unpickler(io.BytesIO(archive.read(records["data.pkl"]))).load()
+            described = _description(archive)
             order = archive.read(records["byteorder"]).decode()
-        kind, first, shape, stride = described.storage[1], described.offset, described.shape, described.stride
-        dtype = STORAGES[kind]
+        storage, first, shape, stride = described.args[:4]
+        dtype = STORAGES[storage[1]]
         num_bytes = math.prod(shape) * dtype.itemsize
+        plain = (order, first, stride) == (sys.byteorder, 0, contiguous_stride(shape)) and isinstance(
+            described, _TENSOR
+        )
+        if not plain or data.file_size != num_bytes:
+            return None
+        file.seek(offset + data.header_offset)
+        start = data.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)))
     except _NO_TENSOR:
         return None
-    plain = (order, first, stride, data.compress_type) == (
-        sys.byteorder,
-        0,
-        contiguous_stride(shape),
-        zipfile.ZIP_STORED,
-    )
-    if not plain or data.file_size != num_bytes:
-        return None
-    file.seek(offset + data.header_offset)
-    start = data.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)))
     return StoredTensor(offset + start, shape, dtype) if start + num_bytes <= length else None
+
+
+def check_archive(file: BinaryIO, offset: int, length: int, *, name: str) -> None:
+    """Refuse what `torch.load` is not to be given: all but a tensor as `torch.save` writes it.
+
+    Even of plain tensors alone, a pickle may name a key whose hash takes for ever, or a record that unpacks to more
+    than any memory.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    try:
+        with _archive(file, offset, length) as archive:
+            described = _description(archive)
+    except _NO_TENSOR as error:
+        raise CheckpointError(
+            f"the bytes of {name} are damaged, or no tensor: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(described, Record):
+        raise CheckpointError(f"the bytes of {name} are a {type(described).__name__}, no tensor")
+
+
+def _archive(file: BinaryIO, offset: int, length: int) -> zipfile.ZipFile:
+    archive = zipfile.ZipFile(cast("IO[bytes]", _Part(file, offset, length)))
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > length:
+            raise zipfile.BadZipFile(f"{info.filename} was compressed, or is larger than its file")
+    return archive
+
+
+def _description(archive: zipfile.ZipFile) -> Any:
+    """What the pickle in an archive says, in records."""
+    found = next(info for info in archive.infolist() if info.filename.partition("/")[2] == "data.pkl")
+    if found.file_size > _MAX_PICKLE_BYTES:
+        raise zipfile.BadZipFile(f"its data.pkl has {found.file_size} bytes")
+    return _Unpickler(archive.read(found)).load()
+
+
+def _holds(stored: StoredTensor, item: ReadItem) -> bool:
+    ends = [start + size for start, size in zip(item.storage_offsets, item.lengths, strict=True)]
+    return len(ends) == len(stored.shape) and all(end <= size for end, size in zip(ends, stored.shape, strict=True))
 
 
 def _read(file: BinaryIO, stored: StoredTensor, item: ReadItem, planner: LoadPlanner) -> list[Section]:
@@ -97,12 +162,7 @@ def _read(file: BinaryIO, stored: StoredTensor, item: ReadItem, planner: LoadPla
     """
     target = planner.resolve_tensor(item).detach()
     lengths, offsets = tuple(item.lengths), tuple(item.storage_offsets)
-    ends = [start + size for start, size in zip(offsets, lengths, strict=True)]
-    inside = len(ends) == len(stored.shape) and all(end <= size for end, size in zip(ends, stored.shape, strict=True))
-    if not inside or tuple(target.shape) != lengths:
-        raise ValueError(
-            f"{item.dest_index.fqn} has a part of shape {stored.shape} in its file, which is not what the metadata says"
-        )
+    assert tuple(target.shape) == lengths
     rows = lengths[1:] == stored.shape[1:]
     skipped = math.prod(stored.shape[1:]) * offsets[0] * stored.dtype.itemsize if rows and offsets else 0
     direct = rows and target.is_contiguous() and target.dtype == stored.dtype
@@ -120,37 +180,33 @@ def _read(file: BinaryIO, stored: StoredTensor, item: ReadItem, planner: LoadPla
     return []
 
 
-class _Tensor(NamedTuple):
-    """What a pickle says of a tensor."""
-
-    storage: tuple[str, str, str, str, int]
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+_TENSOR = record("tensor")
+_OTHER_TENSOR = record("other tensor")
 
 
-def _describe(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, shape, stride)
+class _Unpickler(RecordUnpickler):
+    """Reads the description of one tensor."""
 
-
-class _Unpickler(pickle.Unpickler):
-    """Reads the description of one tensor; every name stands for something harmless of ours, or is refused."""
+    names: ClassVar[Mapping[tuple[str, str], Any]] = {
+        ("torch._utils", "_rebuild_tensor_v2"): _TENSOR,
+        ("collections", "OrderedDict"): record("OrderedDict"),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _describe
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name in STORAGES:
+        """A kind of storage or a dtype by its name, a record for what rebuilds tensors, or an error."""
+        if module in ("torch", "torch.storage") and (name.endswith("Storage") or name in _OTHER_DTYPES):
             return name
-        return _refuse(module, name)
+        if module == "torch._utils" and name.startswith("_rebuild_") and name != "_rebuild_tensor_v2":
+            return _OTHER_TENSOR
+        return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
+        """What stands for a storage: its kind, key, device and number of elements."""
         return pid
 
-
-def _refuse(module: str, name: str) -> NoReturn:
-    raise pickle.UnpicklingError(f"{module}.{name}")
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = RecordUnpickler.dispatch | {
+        pickle.BINPERSID[0]: pickle._Unpickler.dispatch[pickle.BINPERSID[0]]  # noqa: SLF001 - as the base class
+    }
 
 
 class _Part(io.RawIOBase):
@@ -167,7 +223,10 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
-        self._place = place + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        place += {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        if place < 0:
+            raise OSError("a place before the archive")
+        self._place = place
         return self._place
 
     def tell(self) -> int:

@@ -1,4 +1,4 @@
-"""Step 4, devices: bytes go to and from GPUs on streams of their own, through a little pinned memory.
+"""Step 3, devices: bytes go to and from GPUs on streams of their own, through a little pinned memory.
 
 Pinning as much memory as is copied would take longer than the copy. On the CPU the same code copies at once.
 """

@@ -1,6 +1,7 @@
-"""Step 12, extra state: JSON values and tensors that ride along with a checkpoint, without pickle."""
+"""Step 11, extra state: JSON values and tensors that ride along with a checkpoint, without pickle."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from tiepolicy import member
 from tiepolicy_dcp._files import write_safetensors
 from tiepolicy_dcp._folder import read_json, write_text
 from tiepolicy_dcp.errors import CheckpointError
@@ -55,13 +57,13 @@ def read_extra(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
-    values = read_json(folder / VALUES)
+    values = read_json(folder / VALUES, allow_nan=True)
     if values is None:
         raise CheckpointError(f"{folder / VALUES} is missing: a part of the checkpoint was lost")
     try:
-        tensors = load_file(folder / TENSORS) if (folder / TENSORS).exists() else {}
+        tensors = load_file(member(folder, TENSORS)) if os.path.lexists(folder / TENSORS) else {}
         return dict(_put_tensors(values, tensors))
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / TENSORS} is damaged or does not belong to {VALUES}: {error}") from error
 
 

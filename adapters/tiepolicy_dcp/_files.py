@@ -1,4 +1,4 @@
-"""Step 7, data files: tensors one after the other, each as `torch.save` writes it."""
+"""Step 6, data files: tensors one after the other, each as `torch.save` writes it."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from tiepolicy import FileRecord
 from tiepolicy_dcp._devices import Streams, as_bytes
-from tiepolicy_dcp._digests import FileRecord
 from tiepolicy_dcp._folder import flush_file, naming
 from tiepolicy_dcp._frames import frame
 from tiepolicy_dcp._pieces import PieceFile

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from tiepolicy import TiePlan
+import tiepolicy
+from tiepolicy import TiePlan, member
 from tiepolicy.errors import ManifestError
 from tiepolicy_dcp.errors import CheckpointError
 
@@ -138,18 +139,19 @@ def read_manifest(folder: Path) -> TiePlan | None:
         raise ManifestError(f"{folder / MANIFEST}: {error}", names=error.names) from error
 
 
-def read_json(path: Path) -> Mapping[str, Any] | None:
+def read_json(path: Path, *, allow_nan: bool = False) -> Mapping[str, Any] | None:
     """A JSON object from a file of a checkpoint; None if there is no such file.
 
+    Args:
+        path: The file.
+        allow_nan: Whether NaN and Infinity are read, which Python writes.
+
     Raises:
-        CheckpointError: If the file is not JSON, or no object.
+        CheckpointError: If the file is not JSON, no object, or not in its folder.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return tiepolicy.read_json(member(path.parent, path.name), allow_nan=allow_nan)
+    except CheckpointError:
+        if os.path.lexists(path):
+            raise
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value

@@ -1,4 +1,4 @@
-"""Step 5, frames: what `torch.save` writes before and after the bytes of a tensor, so that they can go by themselves.
+"""Step 4, frames: what `torch.save` writes before and after the bytes of a tensor, so that they can go by themselves.
 
 Format: a zip file of stored records, one of them a pickle that describes the tensor (torch/serialization.py of torch
 2.13; zip: APPNOTE 6.3.10 of PKWARE, sections 4.3 and 4.5.3). The elements' record has no checksum, as with

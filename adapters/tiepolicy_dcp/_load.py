@@ -1,5 +1,6 @@
-"""Step 18, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 17, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,33 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, reconcile, take, view_of
+from tiepolicy import (
+    DIGESTS,
+    Action,
+    ActionKind,
+    FileRecord,
+    Owners,
+    TensorSpec,
+    TiePlan,
+    Verify,
+    check_files,
+    check_recorded,
+    read_digests,
+    reconcile,
+    take,
+    view_of,
+)
 from tiepolicy.errors import ManifestError
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
-from tiepolicy_dcp._digests import Verify, check_files, read_digests
-from tiepolicy_dcp._extra import read_extra
-from tiepolicy_dcp._folder import MANIFEST, read_manifest
+from tiepolicy_dcp._extra import TENSORS, VALUES, read_extra
+from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
 from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
 from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
 from tiepolicy_dcp._state import ModelState, OptimizerState, StateEntry, hyperparameters
 from tiepolicy_dcp.errors import CheckpointError
+
+logger = logging.getLogger("tiepolicy_dcp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +148,13 @@ def _check(
             raise CheckpointError(f"{folder} cannot be read: {error}. Nothing was loaded") from error
 
     def look() -> None:
-        records = {} if verify == "off" else read_digests(folder)
-        check_files(folder, records, sorted(records)[rank() :: num_ranks()], verify=verify)
+        records = None if verify == "off" else _records(folder)
+        names = sorted(records or {})[rank() :: num_ranks()]
+        if verify == "full" and not all(record.digest for record in (records or {}).values()):
+            logger.warning("%s was saved without digests: only the sizes of its files are checked", folder)
+        check_files(folder, records or {}, names, verify=verify, advice="Load an earlier checkpoint")
         stored = StoredTensors(folder)
+        check_recorded(folder, records, (METADATA, MANIFEST, VALUES, TENSORS, *stored.files))
         actions = reconcile(plan, _saved(folder, stored.specs("model.")))
         taken = {action.name: take(action.external, external) for action in actions if action.external is not None}
         optimizer_actions = reconcile_optimizer(entries, stored, SavedNames(actions, plan))
@@ -150,6 +171,17 @@ def _check(
 
     on_all_ranks(check)
     return found[0]
+
+
+def _records(folder: Path) -> Mapping[str, FileRecord] | None:
+    """What was recorded of the files; None of a checkpoint that was written without a manifest, by plain DCP."""
+    records = read_digests(folder)
+    if records is None and (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder / DIGESTS} is missing: a part of the checkpoint was lost. Nothing was loaded. To load it "
+            'unchecked, pass verify="off"'
+        )
+    return records
 
 
 def _saved(folder: Path, stored: Mapping[str, TensorSpec]) -> TiePlan | Mapping[str, TensorSpec]:

@@ -1,4 +1,4 @@
-"""Step 6, pieces: while one piece of a file goes to the disk, the next is hashed and the one after it is filled.
+"""Step 5, pieces: while one piece of a file goes to the disk, the next is hashed and the one after it is filled.
 
 Whole pieces go past the page cache where the file system can do that: a checkpoint then neither waits for a second
 copy of itself nor drives the training data out of memory.
@@ -16,8 +16,8 @@ from typing import NamedTuple, Self
 
 import torch
 
+from tiepolicy import FileRecord, new_digest
 from tiepolicy_dcp._devices import PIECE_BYTES, Streams, pieces
-from tiepolicy_dcp._digests import Digest, FileRecord
 
 #: Enough to keep a disk busy.
 _NUM_WRITERS = 2
@@ -82,7 +82,7 @@ class PieceFile:
     def __init__(self, path: Path, streams: Streams, *, pinned: bool, digest: bool) -> None:
         self.num_bytes = 0
         self._streams = streams
-        self._digest = Digest() if digest else None
+        self._digest = new_digest() if digest else None
         self._free = pieces(pinned=pinned)
         self._file = path.open("xb", buffering=0)
         self._direct = _open_past_cache(path)

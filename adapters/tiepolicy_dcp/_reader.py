@@ -1,4 +1,4 @@
-"""Step 9, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
+"""Step 8, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
 import io
 import warnings
@@ -44,6 +44,8 @@ class StoredTensors:
         self._tensors = found.tensors
         #: Names of entries that are pickled objects, which are never read.
         self.objects = found.objects
+        #: Names of the files that hold tensors.
+        self.files = {place.file for place in found.places}
         self._places: dict[str, list[tuple[tuple[int, ...] | None, int | None, _StorageInfo]]] = {}
         for place in found.places:
             info = _StorageInfo(place.file, place.start, place.length, place.transforms or None)

@@ -1,4 +1,4 @@
-"""Step 15, saving: plan, agree, write, flush, publish."""
+"""Step 14, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import Owners, TiePlan
-from tiepolicy_dcp._digests import FileRecord, measure, write_digests
+from tiepolicy import DIGESTS, FileRecord, Owners, TiePlan, digests_text, measure
 from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
 from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
 from tiepolicy_dcp._folder import discard, prepare, publish, write_manifest, write_text
@@ -227,7 +226,7 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
     records = {data_file(of_rank): record for of_rank, (_, record) in enumerate(of_ranks)}
     others = [path for path in unfinished.iterdir() if path.name not in records]
     own = measure(others, digests=contents.digests)
-    write_digests(unfinished, {**records, **own})
+    write_text(unfinished / DIGESTS, digests_text({**records, **own}))
     publish(unfinished, job.folder)
 
 

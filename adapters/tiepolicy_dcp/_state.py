@@ -1,4 +1,4 @@
-"""Step 11, state: what of a model and an optimizer goes into a checkpoint, tied tensors once and nothing pickled."""
+"""Step 10, state: what of a model and an optimizer goes into a checkpoint, tied tensors once and nothing pickled."""
 
 import hashlib
 import json

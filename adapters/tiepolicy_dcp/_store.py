@@ -1,4 +1,4 @@
-"""Step 24, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 23, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math
@@ -9,10 +9,9 @@ from typing import Any, Self
 from torch import nn
 from torch.optim import Optimizer
 
-from tiepolicy import Owners, TiePlan
+from tiepolicy import Owners, TiePlan, Verify
 from tiepolicy.errors import TiePolicyError
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
-from tiepolicy_dcp._digests import Verify
 from tiepolicy_dcp._folder import delete, remove_leftovers
 from tiepolicy_dcp._load import Restored, load
 from tiepolicy_dcp._lock import WriterLock

@@ -1,4 +1,4 @@
-"""Step 22, another process that writes files, and how to talk to it.
+"""Step 21, another process that writes files, and how to talk to it.
 
 The tensors lie in memory that both processes map; what is said is JSON, a line each way for each file.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiepolicy_dcp._digests import FileRecord
+from tiepolicy import FileRecord
 from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._staging import Place, mapped, views
 from tiepolicy_dcp.errors import CheckpointError

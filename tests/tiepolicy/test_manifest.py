@@ -119,10 +119,12 @@ def test_anything_else_is_refused_with_a_manifest_error(value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "the manifest is no JSON"),
-        ("[]", "its format is not 'tiepolicy'"),
-        ("[" * 100_000, "the manifest is no JSON"),
-        ('{"format": "tiepolicy", "format": "tiepolicy"}', "holds the key 'format' twice"),
+        ("{", "the manifest is damaged: Expecting property name"),
+        ("[]", "the manifest is damaged: it holds a list, expected an object"),
+        ("[" * 100_000, "the manifest is damaged: maximum recursion depth"),
+        ('{"\ud800": 3}', "surrogates not allowed"),
+        ('{"format": NaN}', "the manifest is damaged: NaN is not JSON"),
+        ('{"format": "tiepolicy", "format": "tiepolicy"}', "the key 'format' occurs twice"),
     ],
 )
 def test_text_that_is_no_manifest_is_refused(text, message):

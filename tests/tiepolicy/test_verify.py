@@ -266,11 +266,11 @@ def edit_digests(change):
     ("damage", "expected"),
     [
         (flip_a_bit, "__0_0.distcp does not hold what was written: its digest differs"),
-        (lambda folder: os.truncate(folder / "extra.json", 0), "extra.json has 0 bytes, but 2 were written"),
+        (lambda folder: (folder / "extra.json").write_text("{ }"), "extra.json has 3 bytes, but 2 were written"),
         (edit_digests(lambda c: c.update(algorithm="md4")), "has the unknown algorithm 'md4'"),
         (edit_digests(lambda c: c.update(files=[])), "its files are no object of names with size and digest"),
         (edit_digests(lambda c: c["files"].update(x=[1])), "its files are no object"),
-        (edit_digests(lambda c: c["files"].update({"../x": [1, ""]})), "points to '../x', a file outside"),
+        (edit_digests(lambda c: c["files"].update({"../x": [1, "0" * 32]})), "points to '../x', a file outside"),
     ],
 )
 def test_recorded_digests_are_checked(tmp_path, damage, expected):
@@ -282,7 +282,7 @@ def test_recorded_digests_are_checked(tmp_path, damage, expected):
 def test_digests_that_cannot_be_checked_are_a_problem_and_say_what_to_install(tmp_path, monkeypatch):
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
     monkeypatch.setitem(sys.modules, "xxhash", None)
-    expected = "digests.json were not checked: they need xxhash, pip install 'tiepolicy[dcp]'"
+    expected = "digests of files need xxhash: pip install 'tiepolicy[dcp]'"
     assert [True] == [problem.endswith(expected) for problem in find_problems(folder)]
 
 

@@ -39,7 +39,7 @@ def test_a_cut_data_file_is_an_error(tmp_path):
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=r"__0_0.distcp has \d+ bytes, but \d+ were written"):
         tiepolicy_dcp.load(folder, model=TiedPair())
-    with pytest.raises(CheckpointError, match="could not be read"):
+    with pytest.raises(CheckpointError, match="was cut: model.embed_tokens.weight ends at byte"):
         tiepolicy_dcp.load(folder, model=TiedPair(), verify="off")
 
 
