@@ -41,6 +41,7 @@ class Digest(Protocol):
 
     def hexdigest(self) -> str:
         """The digest of all bytes so far."""
+        ...
 
 
 def new_digest() -> Digest:

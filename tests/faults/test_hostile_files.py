@@ -204,7 +204,7 @@ def peak_bytes(action):
 
 
 DCP = b"ctorch.distributed.checkpoint.metadata\n"
-MANY = 2_000
+MANY = 700
 
 
 def copied_sizes():
