@@ -169,7 +169,7 @@ class RunCheckpoints:
             self._pending = saved
 
     def plan_of(self, state: RunState) -> TiePlan:
-        """The plan that the draft is saved by, made once: it holds a digest of the target's embedding."""
+        """The plan that the draft is saved by, made once: a digest of the target's embedding takes a second per GB."""
         if self._planned is None or self._planned[0] is not state.draft:
             self._planned = (state.draft, self.make_plan(state.draft, external=state.external, digests=True))
         return self._planned[1]

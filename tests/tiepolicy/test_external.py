@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 
 import tiepolicy
 from models import TiedPair
 from strategies import small_sizes
 from tiepolicy import ActionKind, Reason, TensorSpec, TiePlan, View, reconcile
+from tiepolicy._values import fingerprint
 from tiepolicy.errors import ExternalOwnerError, ManifestError, MissingTensorError, ShapeMismatchError, TiePolicyError
 from tiepolicy.testing import external_models
 
@@ -119,6 +121,40 @@ def test_a_table_that_was_trained_since_is_not_dropped():
         draft.embed_tokens.weight[3, 1] += 1
     with pytest.raises(ExternalOwnerError, match="plan anew if it was trained since"):
         plan.compact(draft.state_dict())
+
+
+def test_a_digest_is_made_once_and_what_changes_later_is_noticed_all_the_same(monkeypatch):
+    """Also behind torch's back, where no version counter moves."""
+    _, draft, plan = bound()
+    digests = []
+    monkeypatch.setattr("tiepolicy._external.content_digest", lambda tensor: digests.append(tensor) or "another")
+    for _ in range(3):
+        assert {HEAD} == set(plan.compact(draft.state_dict()))
+    assert [] == digests
+    draft.embed_tokens.weight.data.numpy()[3, 1] += 1
+    with pytest.raises(ExternalOwnerError, match="its elements are not those of the plan"):
+        plan.compact(draft.state_dict())
+
+
+@given(st.integers(0, 200_003), st.integers(0, 7), st.data())
+@example(8 * (1 << 16) + 3, 1, None)
+def test_a_fingerprint_depends_on_every_bit_and_on_nothing_else(num_bytes, offset, data):
+    """Of memory that may begin anywhere; its end may fill no whole word."""
+    memory = torch.arange(num_bytes + offset).to(torch.uint8)
+    tensor = memory[offset:]
+    before = fingerprint(tensor)
+    assert before == fingerprint(tensor.clone())
+    if num_bytes:
+        position = num_bytes - 1 if data is None else data.draw(st.integers(0, num_bytes - 1))
+        tensor[position] ^= 1 << position % 8
+        assert before != fingerprint(tensor)
+
+
+def test_a_fingerprint_is_of_the_elements_in_their_order():
+    tensor = torch.randn(6, 40)
+    assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t())
+    assert fingerprint(tensor) != fingerprint(tensor.flip(0))
+    assert fingerprint(tensor) != fingerprint(torch.cat((tensor, torch.zeros(6, 40))))
 
 
 @pytest.mark.parametrize(
