@@ -152,10 +152,22 @@ def materialize():
 
 
 def save_trained():
-    """The digests of what was saved, to hold against what any other number of ranks loads."""
-    model = tiepolicy_fsdp2.fully_shard(tower(), blocks=EVERY_MODULE, mesh=mesh())
-    optimizer, _ = train(model)
-    tiepolicy_dcp.save(FOLDER / "trained", model=model, optimizer=optimizer)
+    return saved(tiepolicy_fsdp2.fully_shard(tower(), blocks=EVERY_MODULE, mesh=mesh()), FOLDER / "trained")
+
+
+def save_tensor_parallel():
+    return saved(tiepolicy_fsdp2.parallelize_module(pair(), mesh(), cuts()), FOLDER / "parallel", split=False)
+
+
+def save_hybrid():
+    grid = mesh(2, 2, names=("replicate", "shard"))
+    return saved(tiepolicy_fsdp2.fully_shard(tower(), blocks=EVERY_MODULE, mesh=grid), FOLDER / "hybrid")
+
+
+def saved(model, folder, *, split=True):
+    """The digests of what was trained and saved, to hold against what any other number of ranks loads."""
+    optimizer, _ = train(model, split=split)
+    tiepolicy_dcp.save(folder, model=model, optimizer=optimizer)
     return {"saved": digests(model, optimizer)}
 
 

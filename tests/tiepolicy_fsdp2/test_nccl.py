@@ -5,7 +5,9 @@ import torch
 from test_sharded import RANKS, TRAINED, check_trained, loaded_alone
 from test_staged import RANKS as STAGES
 from test_staged import SCHEDULES, check_synced
+from tower import ROWS
 
+from models import TiedPair
 from torchrun import results_of
 
 CASES = [*TRAINED, "shard_compiled"]
@@ -20,7 +22,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    cases = [*CASES, "save_trained", "load_trained", "other_ties_on_a_rank"]
+    cases = [*CASES, "save_trained", "load_trained", "save_tensor_parallel", "other_ties_on_a_rank"]
     return results_of(RANKS, folder, cases, num_processes=2, on_gpus=True) | {"folder": folder}
 
 
@@ -48,6 +50,11 @@ def test_two_gpus_load_what_they_saved_bit_for_bit(sharded):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_one_process_loads_what_two_gpus_saved_bit_for_bit(sharded, device):
     assert sharded["save_trained"]["saved"] == loaded_alone(sharded["folder"] / "trained", device)
+
+
+def test_one_process_loads_what_tensor_parallel_gpus_saved_bit_for_bit(sharded):
+    loaded = loaded_alone(sharded["folder"] / "parallel", make=lambda: TiedPair(vocab_size=ROWS).double())
+    assert sharded["save_tensor_parallel"]["saved"] == loaded
 
 
 def test_a_rank_with_other_ties_stops_both_with_one_sentence(sharded):

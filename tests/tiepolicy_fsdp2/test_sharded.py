@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tower import Tower, digests
+from tower import ROWS, Tower, digests
 
 import tiepolicy_dcp
 import tiepolicy_fsdp2
+from models import TiedPair
 from torchrun import results_of, torchrun
 
 RANKS = Path(__file__).with_name("sharded.py")
@@ -35,14 +36,14 @@ ON_A_GRID = ["hybrid", "tensor_parallel_and_sharded", "materialize_on_a_grid"]
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    cases = [*TODAY, *TRAINED, *REFUSED, "save_trained"]
+    cases = [*TODAY, *TRAINED, *REFUSED, "save_trained", "save_tensor_parallel"]
     return results_of(RANKS, folder, cases, num_processes=2) | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    cases = [*TRAINED, "shard_compiled", *ON_A_GRID, "save_trained"]
+    cases = [*TRAINED, "shard_compiled", *ON_A_GRID, "save_trained", "save_hybrid"]
     return results_of(RANKS, folder, cases, num_processes=4) | {"folder": folder}
 
 
@@ -52,10 +53,10 @@ def check_trained(result):
     assert 1e-12 > max(result[key] for key in ("gradients", "weights", "states"))
 
 
-def loaded_alone(folder, device="cpu"):
+def loaded_alone(folder, device="cpu", make=Tower):
     """The digests of a checkpoint in a model of this process, which gets its memory only then."""
     with torch.device("meta"):
-        model = Tower()
+        model = make()
     tiepolicy_fsdp2.materialize(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     tiepolicy_dcp.load(folder, model=model, optimizer=optimizer)
@@ -152,6 +153,16 @@ def test_a_grid_starts_with_the_values_of_one_process(on_four):
 
 def test_one_process_loads_what_shards_saved_bit_for_bit(on_two):
     assert on_two["save_trained"]["saved"] == loaded_alone(on_two["folder"] / "trained")
+
+
+def test_one_process_loads_what_tensor_parallel_ranks_saved_bit_for_bit(on_two):
+    loaded = loaded_alone(on_two["folder"] / "parallel", make=lambda: TiedPair(vocab_size=ROWS).double())
+    assert on_two["save_tensor_parallel"]["saved"] == loaded
+
+
+@pytest.mark.slow
+def test_one_process_loads_what_replicas_of_shards_saved_bit_for_bit(on_four):
+    assert on_four["save_hybrid"]["saved"] == loaded_alone(on_four["folder"] / "hybrid")
 
 
 @pytest.mark.slow
