@@ -27,12 +27,15 @@ from tiepolicy.errors import (
 )
 from tiepolicy_hf._declared import FLAG, Declaration, declarations
 from tiepolicy_hf._flags import correct_flags_
-from tiepolicy_hf._folder import find_weights
+from tiepolicy_hf._folder import WEIGHTS, Weights, find_weights
 
 #: What becomes of two stored values for what the config calls one tensor.
 OnConflict = Literal["error", "untie", "canonical"]
 
 _CONFIG = "config.json"
+# Options of transformers that would let something be lost, and those that would have it open files nobody looked at.
+_LOSING = ("ignore_mismatched_sizes", "output_loading_info", "state_dict", "weights_only", "use_safetensors")
+_ELSEWHERE = ("subfolder", "variant", "gguf_file")
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
@@ -94,27 +97,44 @@ def from_pretrained(
         CheckpointError: If the folder is no checkpoint, is damaged, or was put together from two.
         UntrustedCheckpointError: If it points to files outside, or a pickle asks for more than tensors.
     """
-    if on_conflict not in ("error", "untie", "canonical"):
-        raise ValueError(f'on_conflict is {on_conflict!r}; it is "error", "untie" or "canonical"')
-    for refused in ("ignore_mismatched_sizes", "output_loading_info", "state_dict", "weights_only", "use_safetensors"):
-        if refused in kwargs:
-            raise TypeError(f"{refused} cannot be given: what is missing or does not fit is always an error here")
+    _check_options(on_conflict, kwargs)
     folder = Path(folder).absolute()
     weights = find_weights(folder, allow_pickle=allow_pickle)
-    recorded = None if weights.manifest is None else TiePlan.from_manifest(weights.manifest)
-    denied = (folder / _CONFIG).exists() and tiepolicy.read_json(folder / _CONFIG).get(FLAG) is False
+    stated = (
+        tiepolicy.read_json(folder / _CONFIG) if kwargs.get("config") is None or (folder / _CONFIG).exists() else {}
+    )
     device_map = kwargs.get("device_map")
     evidence = _Evidence(
         policy=policy or Policy.from_entry_points(),
         on_conflict=on_conflict,
-        recorded=recorded,
+        recorded=None if weights.manifest is None else TiePlan.from_manifest(weights.manifest),
         noted=weights.noted,
-        denied=denied,
+        denied=stated.get(FLAG) is False,
         places=device_map if isinstance(device_map, Mapping) else {},
     )
-    concrete = _concrete(cls, folder, kwargs)
+    model, info = _read(_concrete(cls, folder, kwargs), folder, weights, evidence, kwargs)
+    _check_complete(model, folder, info, evidence, stated.get("architectures"))
+    correct_flags_(model, evidence.policy.plan(model))
+    return model
+
+
+def _check_options(on_conflict: str, kwargs: Mapping[str, object]) -> None:
+    if on_conflict not in ("error", "untie", "canonical"):
+        raise ValueError(f'on_conflict is {on_conflict!r}; it is "error", "untie" or "canonical"')
+    for refused in _LOSING:
+        if refused in kwargs:
+            raise TypeError(f"{refused} cannot be given: what is missing or does not fit is always an error here")
+    for refused in _ELSEWHERE:
+        if refused in kwargs:
+            raise TypeError(f"{refused} cannot be given: only {WEIGHTS} or its shards in the folder itself are read")
+
+
+def _read(
+    cls: type[_Model], folder: Path, weights: Weights, evidence: _Evidence, kwargs: dict[str, Any]
+) -> tuple[_Model, dict[str, Any]]:
+    """What transformers makes of a folder, and what it says was missing or did not fit."""
     try:
-        model, info = _reading(concrete, evidence).from_pretrained(
+        model, info = _reading(cls, evidence).from_pretrained(
             folder,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -124,18 +144,20 @@ def from_pretrained(
         )
     except pickle.UnpicklingError as error:
         raise UntrustedCheckpointError(
-            f"{weights.files[0]} asks for more than reading tensors. Nothing of it was run, and nothing was loaded"
+            f"{weights.files[0]} is damaged, or asks for more than reading tensors. Nothing of it was run, and nothing "
+            "was loaded"
         ) from error
-    model.__class__ = concrete
-    _check_complete(model, folder, info, evidence)
-    correct_flags_(model, evidence.policy.plan(model))
-    return model  # type: ignore[no-any-return]  # transformers annotates no return value
+    model.__class__ = cls
+    return model, info
 
 
 def _concrete(cls: type[_Model], folder: Path, kwargs: dict[str, Any]) -> type[_Model]:
     """The class of the model that an Auto class would build."""
-    if issubclass(cls, PreTrainedModel):
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
         return cls
+    if not hasattr(cls, "from_config"):
+        name = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
+        raise TypeError(f"{name} cannot be loaded; give a model class of transformers, or one of its Auto classes")
     trusted = {key: kwargs[key] for key in ("trust_remote_code", "code_revision") if key in kwargs}
     if not isinstance(kwargs.get("config"), str | Path | None):
         config = kwargs["config"]
@@ -179,7 +201,7 @@ def _check_places(model: PreTrainedModel, evidence: _Evidence) -> None:
 def _place(name: str, places: Mapping[str, object]) -> object:
     """What a device map says of a tensor: the entry of the innermost module around it."""
     around = [module for module in places if not module or f"{name}.".startswith(f"{module}.")]
-    return places[max(around, key=len)] if around else None
+    return places[max(around, key=len)] if around else "no device"
 
 
 def _tie_what_was_read_(model: PreTrainedModel, missing: set[str], evidence: _Evidence) -> None:
@@ -305,11 +327,15 @@ def _kept(conflict: Conflict, evidence: _Evidence) -> str | None:
         return None
 
 
-def _check_complete(model: nn.Module, folder: Path, info: dict[str, Any], evidence: _Evidence) -> None:
+def _check_complete(
+    model: nn.Module, folder: Path, info: dict[str, Any], evidence: _Evidence, architectures: object
+) -> None:
+    saved_as = architectures[0] if isinstance(architectures, list) and architectures else None
+    other = f" The folder says that it holds a {saved_as}." if saved_as not in (None, type(model).__name__) else ""
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ShapeMismatchError(
             f"{name} has shape {tuple(found)} in {folder}, the model expects {tuple(expected)}: its config or its "
-            "class is another than the one that was saved. Nothing was loaded",
+            f"class is another than the one that was saved.{other} Nothing was loaded",
             names=[name],
         )
     if evidence.conflict is not None:
@@ -325,7 +351,7 @@ def _check_complete(model: nn.Module, folder: Path, info: dict[str, Any], eviden
         why = f" It cannot be derived from another tensor: {claims[0]}." if claims else ""
         shape = plan.tensors[missing[0]].shape if missing[0] in plan.tensors else "of no known shape"
         raise MissingTensorError(
-            f"{missing[0]} {shape}{others} is not in {folder}, under its own name or an alias.{why} Nothing was "
+            f"{missing[0]} {shape}{others} is not in {folder}, under its own name or an alias.{why}{other} Nothing was "
             "loaded. Load a folder that holds it, or a class that does without",
             names=missing,
         )

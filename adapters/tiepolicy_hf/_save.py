@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import tiepolicy
 from tiepolicy import MANIFEST_KEY, Policy, TiePlan
-from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError
+from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError, ShapeMismatchError
 from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
 from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder
 
@@ -57,18 +58,34 @@ def save_pretrained(
         The folder as an absolute path.
 
     Raises:
-        ObservationError: If the model is none of transformers, or holds what cannot be stored.
+        ObservationError: If the model is none of transformers, is quantized, has adapters of PEFT, or holds what cannot
+            be stored.
+        MissingTensorError: If a tensor of the model is not in `state_dict`.
+        ShapeMismatchError: If one has another shape there.
         TieConflictError: If tied names hold different values in `state_dict`.
         CheckpointError: If the model is sharded or has no data, or the folder cannot be written.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ObservationError(
-            f"{type(model).__name__} is no transformers model; unwrap it, or save it with tiepolicy_dcp.save"
-        )
+    _check_kind(model)
     folder = Path(folder).absolute()
     write = _writer(model, model.state_dict() if state_dict is None else state_dict, policy, max_shard_size, _renamed)
     replace_folder(folder, write)
     return folder
+
+
+def _check_kind(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise ObservationError(
+            f"the {kind} has adapters of PEFT, which only its own save_pretrained writes; merge them first, by "
+            "merge_and_unload(), to save a model that holds them"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ObservationError(f"{kind} is no transformers model; unwrap it, or save it with tiepolicy_dcp.save")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ObservationError(
+            f"the {kind} is quantized by {type(model.hf_quantizer).__name__}, whose files only its own save_pretrained "
+            "writes"
+        )
 
 
 def write_as_held(
@@ -113,6 +130,13 @@ def _writer(
 
 def _without(state: dict[str, torch.Tensor], left_out: set[str], plan: TiePlan) -> dict[str, torch.Tensor]:
     """The state without the aliases that are to be left out, each compared with what stands for it."""
+    for name, fact in plan.tensors.items():
+        if name in state and tuple(state[name].shape) != fact.shape:
+            raise ShapeMismatchError(
+                f"{name} has shape {tuple(state[name].shape)} in the state_dict to save, and {fact.shape} in the "
+                "model; nothing was written",
+                names=[name],
+            )
     compacted = plan.compact(state)
     absent = sorted(name for name in plan.tensors if name not in state and plan.canonical(name) not in compacted)
     if absent:
@@ -130,6 +154,10 @@ def _check_data(state: Mapping[str, object]) -> None:
         if not isinstance(tensor, torch.Tensor):
             raise ObservationError(
                 f"{name} is a {type(tensor).__name__}, not a tensor, and cannot be stored in safetensors", names=[name]
+            )
+        if tensor.layout is not torch.strided:
+            raise ObservationError(
+                f"{name} has the layout {tensor.layout}, which safetensors has not; make it dense", names=[name]
             )
         if tensor.is_meta:
             raise CheckpointError(f"{name} is on the meta device and has no data to save", names=[name])
