@@ -102,8 +102,8 @@ def test_a_head_that_is_in_no_file_is_an_error_that_says_why_the_embedding_is_no
     expected = (
         f"lm_head.weight (32, 16) is not in {target}, under its own name or an alias. It cannot be derived "
         "from another tensor: lm_head.weight (32, 16) and model.embed_tokens.weight (96, 16) cannot be one tensor: "
-        "shapes differ; claimed by config.tie_word_embeddings and DraftLlama._tied_weights_keys. The folder says that it "
-        "holds a LlamaForCausalLM. Nothing was loaded. Load a folder that holds it, or a class that does without"
+        "shapes differ; claimed by config.tie_word_embeddings and DraftLlama._tied_weights_keys. The folder says that "
+        "it holds a LlamaForCausalLM. Nothing was loaded. Load a folder that holds it, or a class that does without"
     )
     with pytest.raises(MissingTensorError) as caught:
         tiepolicy_hf.from_pretrained(DraftLlama, target)
