@@ -10,7 +10,7 @@ import pytest
 from tiepolicy._cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["cli.md", "concepts.md", "dcp.md", "fsdp2.md", "huggingface.md", "index.md", "plugins.md"]
+PAGES = ["cli.md", "concepts.md", "dcp.md", "fsdp2.md", "huggingface.md", "index.md", "migration.md", "plugins.md"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -44,6 +44,8 @@ def check_command(command, expected):
     assert [row for row in shown if not any(row == other[: len(row)] for other in rows)] == []
 
 
+# What plain DCP says when it saves in a single process.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
