@@ -144,10 +144,12 @@ class Bench:
         self.aux = torch.randn((*size, 3 * model.hidden), device=device, dtype=dtype, generator=generator)
         self.hidden = torch.randn((*size, model.hidden), device=device, dtype=dtype, generator=generator)
 
-    def fused_step(self, *, known_argmax: bool = False, deterministic: bool = False) -> Callable[[], Tensor]:
+    def fused_step(
+        self, *, known_argmax: bool = False, deterministic: bool = False, fp8: bool = False
+    ) -> Callable[[], Tensor]:
         """Our step."""
         work = self.work
-        weights = FlatWeights(self.draft, dtype=self.dtype)
+        weights = FlatWeights(self.draft, dtype=self.dtype, fp8=fp8)
         step = FusedStep(self.draft, weights, num_steps=work.steps, deterministic=deterministic)
         optimizer = FlatAdamW(weights, lr=1e-4)
         head = TeacherHead(self.head_VE, self.draft.target_ids())
@@ -317,6 +319,7 @@ KINDS = {
     "ours": Bench.fused_step,
     "known argmax": lambda bench: bench.fused_step(known_argmax=True),
     "deterministic": lambda bench: bench.fused_step(deterministic=True),
+    "fp8": lambda bench: bench.fused_step(fp8=True),
     "autograd": Bench.autograd_step,
     "floor": Bench.floor_step,
 }

@@ -1,4 +1,4 @@
-"""Step 47: the command line."""
+"""Step 49: the command line."""
 
 import difflib
 import itertools

@@ -137,6 +137,8 @@ class TrainConfig:
         max_grad_norm: Longer gradients are shortened to it.
         precision: In which the draft computes; weights, gradients and optimizer are always float32. Null for bfloat16
             on a GPU and float32 on the CPU.
+        fp8: Multiply in the MLP and the head with 8-bit numbers, faster and rounded more coarsely; for the fused step
+            on a GPU that has them. The CPU imitates them, slowly.
         step: How the draft's step is computed: `fused`, by kernels of its own, or `autograd`, which knows every option
             of the draft. Null for the fused one on a GPU, where the options allow it.
         validate_every: Steps between looks at `data.validation`, beside one before each checkpoint; null for none.
@@ -153,6 +155,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.5
     precision: Literal["float32", "bfloat16"] | None = None
+    fp8: bool = False
     step: Literal["fused", "autograd"] | None = None
     validate_every: int | None = None
     deterministic: bool = False

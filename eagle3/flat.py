@@ -1,5 +1,6 @@
 """Step 22: the trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eagle3.draft import Draft
+from eagle3.kernels.fp8 import E4M3, Scaled, factor_of, quantise_weight
 from eagle3.kernels.optimizer import adamw_
 
 #: Each weight starts at a multiple of this many elements, so that vector loads stay aligned in any dtype.
@@ -44,6 +46,61 @@ class DraftWeights:
     final_norm_H: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Weight:
+    """A matrix in FP8, and the same transposed for gradients on their way back."""
+
+    forward: Scaled
+    backward: Scaled
+
+
+class Fp8Weights:
+    """The matrices of MLP and head in FP8, and what makes the states that enter them FP8 numbers.
+
+    A norm's results are no larger than its largest weight times the root of their number. So their scale is known
+    before they are, and scaled weights let the norm itself write them.
+
+    Args:
+        copies: Followed by `refresh_`.
+
+    Attributes:
+        gate_up: Gate and up projections, stacked.
+        down: The down projection.
+        head: The head.
+        post_norm_H: Weight of the norm before the MLP over `post_scale`.
+        final_norm_H: Weight of the norm before the head over `final_scale`.
+        post_scale: Scalar.
+        final_scale: Scalar.
+    """
+
+    def __init__(self, copies: DraftWeights) -> None:
+        self._matrices = (copies.gate_up_2IH, copies.down_HI, copies.head_DH)
+        self._norms = (copies.post_norm_H, copies.final_norm_H)
+        # Apart from each other: products want their scales at aligned addresses.
+        self._scales = torch.ones((5, 4), device=copies.head_DH.device)[:, 0]
+        self.gate_up, self.down, self.head = map(self._allocate, self._matrices, self._scales)
+        self.post_norm_H, self.final_norm_H = map(torch.empty_like, self._norms)
+        self.post_scale, self.final_scale = self._scales[3:]
+
+    @staticmethod
+    def _allocate(weight: Tensor, scale: Tensor) -> Fp8Weight:
+        values = torch.empty_like(weight, dtype=E4M3), torch.empty_like(weight.T, dtype=E4M3).contiguous()
+        return Fp8Weight(
+            forward=Scaled(values_MK=values[0], scale=scale), backward=Scaled(values_MK=values[1], scale=scale)
+        )
+
+    def refresh_(self) -> None:
+        """Follows the copies, without a synchronisation."""
+        peaks = [torch.linalg.vector_norm(weight, ord=math.inf) for weight in self._matrices + self._norms]
+        bounds = [peak * len(norm) ** 0.5 for peak, norm in zip(peaks[3:], self._norms, strict=True)]
+        factors = factor_of(torch.stack((*peaks[:3], *bounds)))
+        self._scales.copy_(1 / factors)
+        for weight, factor, out in zip(self._matrices, factors, (self.gate_up, self.down, self.head), strict=False):
+            quantise_weight(weight, factor, out_NK=out.forward.values_MK, transposed_KN=out.backward.values_MK)
+        for norm_H, factor, out_H in zip(self._norms, factors[3:], (self.post_norm_H, self.final_norm_H), strict=True):
+            torch.mul(norm_H, factor, out=out_H)
+
+
 class FlatWeights:
     """Master weights, their copies in the compute dtype and their gradients, each in one buffer.
 
@@ -56,6 +113,7 @@ class FlatWeights:
     Args:
         draft: Its trainable parameters move into the buffers.
         dtype: Of the copies and the gradients.
+        fp8: Whether to keep those of MLP and head in FP8 as well.
     """
 
     #: Weights that one product computes together.
@@ -71,7 +129,7 @@ class FlatWeights:
         ("gate_up", ("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight")),
     )
 
-    def __init__(self, draft: Draft, *, dtype: torch.dtype) -> None:
+    def __init__(self, draft: Draft, *, dtype: torch.dtype, fp8: bool = False) -> None:
         self.parameters = {name: p for name, p in draft.named_parameters() if p.requires_grad}
         self._places = self._lay_out()
         first = next(iter(self.parameters.values()))
@@ -85,6 +143,7 @@ class FlatWeights:
             view.copy_(parameter.detach())
             parameter.data = view
         self.copies, self.grads = self._views(self.copy), self._views(self.grad)
+        self.fp8 = Fp8Weights(self.copies) if fp8 else None
         self._sum: Tensor | None = None
         self.summed_grad = self.grad
         self.refresh_()
@@ -133,6 +192,12 @@ class FlatWeights:
     def refresh_(self) -> None:
         """Brings the copies up to date after something else than the optimizer changed the parameters."""
         self.copy.copy_(self.master)
+        self.quantise_()
+
+    def quantise_(self) -> None:
+        """Brings what there is in FP8 up to date with the copies."""
+        if self.fp8 is not None:
+            self.fp8.refresh_()
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """One weight's part of a buffer, in its shape."""
@@ -242,6 +307,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
             )
+        weights.quantise_()
 
 
 def clip_factor(grad: Tensor, *, scale: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Step 25: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
+"""Step 27: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
 
 The same numbers as `TrainingTimeTest` under autograd, to rounding, in about half the time on a GPU: the half of
 queries, keys and values that depends on the token alone is computed once per token; each weight's gradient is one
@@ -19,12 +19,12 @@ from torch.nn import functional
 
 from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
+from eagle3.head import Fp8Head, Head
 from eagle3.kernels.causal import causal_attention, causal_attention_backward
 from eagle3.kernels.heads import Angles, HeadLayout, place_keys_values, place_queries, sum_by_token, unrotate_
 from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
 from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
-from eagle3.kernels.swiglu import swiglu, swiglu_backward_
 from eagle3.loss import StepCounts
 from eagle3.pairs import PairPlan
 from eagle3.tape import NormGradients, Tape, TapeGradients
@@ -40,7 +40,7 @@ class FusedStep:
 
     Args:
         draft: Without the options of EAGLE-3.1. Its frozen embedding is read in place.
-        weights: Of that draft.
+        weights: Of that draft. With those in FP8, the MLP and the head compute in it.
         num_steps: Steps of the unroll.
         decay: Step i weighs decay ** i.
         deterministic: Let results repeat to the bit, at the price of a slower attention.
@@ -66,6 +66,7 @@ class FusedStep:
         weight_S = decay ** torch.arange(num_steps, dtype=precise, device=weights.copy.device)
         # One more, for pairs that only fill up a fixed shape.
         self._weight_S = functional.pad(weight_S, (0, 1))
+        self._largest_weight = max(1.0, decay ** (num_steps - 1))
         self._target_ids_D: Tensor | None = None
         self._angles: Angles | None = None
 
@@ -94,7 +95,7 @@ class FusedStep:
         """
         with torch.no_grad():
             tape = self._unroll(plan, input_ids_L, aux_LA)
-            result = self._score(plan, tape.normed_PH, teacher, with_gradients=with_gradients)
+            result = self._score(plan, tape.head, teacher, with_gradients=with_gradients)
             if with_gradients:
                 if on_head_gradient is not None:
                     on_head_gradient()
@@ -111,7 +112,7 @@ class FusedStep:
     def _unroll(self, plan: PairPlan, input_ids_L: Tensor, aux_LA: Tensor) -> Tape:
         """Runs all steps and keeps what their gradients need."""
         w = self._weights.copies
-        tape = Tape.allocate(plan, self._num_steps, w.down_HI, self._layout)
+        tape = Tape.allocate(plan, self._weights, self._layout, largest_weight=self._largest_weight)
         tape.embedded_LH = self._draft.embed_tokens.weight.index_select(0, input_ids_L).to(aux_LA.dtype)
         _, tape.tokens_LH = add_rms_norm(tape.embedded_LH, None, w.input_norm_H, eps=self._eps)
         token_LW = tape.tokens_LH @ w.token_WH.T
@@ -177,51 +178,45 @@ class FusedStep:
         """Output projection and MLP; the states of the next step, normed for it and for the head."""
         w, eps = self._weights.copies, self._eps
         added_NH = tape.attended_SNQd[step].flatten(1) @ w.o_HX.T
-        middle_NH, _ = add_rms_norm(state_NH, added_NH, w.post_norm_H, eps=eps, out_MH=tape.post_SNH[step])
-        torch.mm(tape.post_SNH[step], w.gate_up_2IH.T, out=tape.gate_up_SN2I[step])
-        swiglu(tape.gate_up_SN2I[step], out_MI=tape.active_SNI[step])
+        mlp, head = tape.mlp, tape.head
+        middle_NH, _ = add_rms_norm(state_NH, added_NH, mlp.norm_H, eps=eps, out_MH=mlp.input_SNH[step])
         # The states of the last step have no next step to be normed for; that norm goes nowhere.
         is_last = step + 1 == self._num_steps
         state_NH, _ = add_rms_norm(
-            *(middle_NH, tape.active_SNI[step] @ w.down_HI.T, w.hidden_norm_H),
+            *(middle_NH, mlp.forward(step), w.hidden_norm_H),
             eps=eps,
-            second=SecondNorm(weight_H=w.final_norm_H, out_RH=tape.normed_PH, index_M=plan.pair_SN[step]),
+            second=SecondNorm(weight_H=head.norm_H, out_RH=head.input_PH, index_M=plan.pair_SN[step]),
             out_MH=None if is_last else tape.normed_SNH[step + 1],
         )
         tape.middle_NH.append(middle_NH)
         tape.state_NH.append(state_NH)
         return state_NH
 
-    def _score(self, plan: PairPlan, normed_PH: Tensor, teacher: Teacher, *, with_gradients: bool) -> UnrollResult:
-        """Scores all pairs chunk by chunk; the gradient of `normed_PH` replaces it."""
-        head_DH, grad_head_DH = self._weights.copies.head_DH, self._weights.grads.head_DH
+    def _score(self, plan: PairPlan, head: Head | Fp8Head, teacher: Teacher, *, with_gradients: bool) -> UnrollResult:
+        """Scores all pairs chunk by chunk, and goes back through the head."""
         if self._target_ids_D is None:
             self._target_ids_D = self._draft.target_ids()
         weight_P = self._weight_S[plan.step_P] * teacher.in_vocab_M[plan.teacher_P]
         loss_P = torch.empty_like(weight_P)
         argmax_P = torch.empty_like(plan.teacher_P)
         lse_M = teacher.lse_M if teacher.lse_M is not None else row_stats(teacher.logits_MD).lse_M
-        if with_gradients and not len(normed_PH):
-            grad_head_DH.zero_()
-        for start in range(0, len(normed_PH), _CHUNK):
+        for start in range(0, len(weight_P), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            logits_CD = normed_PH[chunk] @ head_DH.T
+            logits_CD = head.logits(chunk)
+            grad_CD = head.grad_place(logits_CD)
             soft_cross_entropy_(
-                logits_CD,
-                teacher.logits_MD,
-                lse_M,
+                *(logits_CD, teacher.logits_MD, lse_M),
                 teacher_C=plan.teacher_P[chunk],
                 weight_C=weight_P[chunk],
                 loss_C=loss_P[chunk],
                 argmax_C=argmax_P[chunk],
+                grad_CD=grad_CD,
+                grad_factor=head.grad_factor,
             )
-            if not with_gradients:
-                continue
-            if start == 0:
-                torch.mm(logits_CD.T, normed_PH[chunk], out=grad_head_DH)
-            else:
-                grad_head_DH.addmm_(logits_CD.T, normed_PH[chunk])
-            torch.mm(logits_CD, head_DH, out=normed_PH[chunk])
+            if with_gradients:
+                head.backward(chunk, grad_CD)
+        if with_gradients:
+            head.weight_gradient()
         hit_P = self._target_ids_D[argmax_P] == teacher.argmax_M[plan.teacher_P]
         hit_P &= teacher.in_vocab_M[plan.teacher_P]
         # One more element, for the pairs that are none.
@@ -276,24 +271,23 @@ class FusedStep:
         step: int,
     ) -> None:
         """From the states that a step hands on to those between its attention and its MLP."""
-        w, eps = self._weights.copies, self._eps
+        w, eps, mlp = self._weights.copies, self._eps, tape.mlp
         rms_norm_backward(
             *(tape.state_NH.pop(), grad_normed_NH, w.hidden_norm_H, norms.hidden_GH),
             eps=eps,
             grad_sum_MH=grad_state_NH,
             second=SecondNorm(
                 weight_H=w.final_norm_H,
-                out_RH=tape.normed_PH,
+                out_RH=tape.head.grad_PH,
                 index_M=plan.pair_SN[step],
                 grad_weight_GH=norms.final_GH,
             ),
-            out_MH=back.state_SNH[step],
+            out_MH=mlp.grad_SNH[step],
         )
-        swiglu_backward_(tape.gate_up_SN2I[step], back.state_SNH[step] @ w.down_HI)
         rms_norm_backward(
-            *(tape.middle_NH.pop(), tape.gate_up_SN2I[step] @ w.gate_up_2IH, w.post_norm_H, norms.post_GH),
+            *(tape.middle_NH.pop(), mlp.backward(step), w.post_norm_H, norms.post_GH),
             eps=eps,
-            grad_sum_MH=back.state_SNH[step],
+            grad_sum_MH=mlp.grad_SNH[step],
             out_MH=back.middle_SNH[step],
         )
 
@@ -355,6 +349,5 @@ class FusedStep:
         torch.mm(back.first_LU.T, tape.first_normed_LH, out=g.state_WH[num_q:])
         later_XW, later_XH = back.projected_SNW[1:].flatten(0, 1), tape.normed_SNH[1:].flatten(0, 1)
         g.state_WH[num_q:].addmm_(later_XW[:, num_q:].T, later_XH)
-        torch.mm(tape.gate_up_SN2I.flatten(0, 1).T, tape.post_SNH.flatten(0, 1), out=g.gate_up_2IH)
-        torch.mm(back.state_SNH.flatten(0, 1).T, tape.active_SNI.flatten(0, 1), out=g.down_HI)
+        tape.mlp.weight_gradients()
         torch.mm(back.middle_SNH.flatten(0, 1).T, tape.attended_SNQd.flatten(2).flatten(0, 1), out=g.o_HX)

@@ -1,4 +1,4 @@
-"""Step 32: runs target and fused step over a batch, and exchanges gradients between processes on the way."""
+"""Step 34: runs target and fused step over a batch, and exchanges gradients between processes on the way."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, pays_off, with_rounded_pairs
 from eagle3.inputs import Target
+from eagle3.kernels import fp8
 from eagle3.pairs import with_pairs
 from eagle3.parallel import Ranks
 from eagle3.step import Scorer, to_device
@@ -38,6 +39,21 @@ def obstacle(config: RunConfig, draft: Draft) -> str | None:
     if config.parallel.kind != "data":
         return f"parallel.kind is {config.parallel.kind}"
     return None
+
+
+def fp8_obstacle(config: RunConfig, draft: Draft, device: torch.device) -> str | None:
+    """Why a run cannot compute in FP8 although its step is the fused one, as `obstacle` says it."""
+    sizes = {
+        "draft.vocab_size": draft.config.draft_vocab_size,
+        "the draft's hidden_size": draft.config.hidden_size,
+        "the draft's intermediate_size": draft.config.intermediate_size,
+    }
+    for name, size in sizes.items():
+        if size % fp8.ALIGNMENT:
+            return f"{name} is {size}, not a multiple of {fp8.ALIGNMENT}"
+    if device.type == "cuda" and config.train.precision == "float32":
+        return "train.precision is float32, and such products are bfloat16"
+    return fp8.obstacle(device)
 
 
 class FusedScorer(Scorer):

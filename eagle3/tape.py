@@ -1,8 +1,7 @@
-"""Step 24: what the fused step keeps on its way forward, and the gradients on its way back.
+"""Step 26: what the fused step keeps on its way forward, and the gradients on its way back.
 
-Shape suffixes: L = BT tokens of the batch, N rows that carry loss, S steps, J = S - 1 later steps, P pairs, H draft
-hidden, I intermediate, W projected width, U = 2K * d, Q query heads, K key and value heads, d head dimension, G partial
-sums.
+Shape suffixes: L = BT tokens of the batch, N rows that carry loss, S steps, J = S - 1 later steps, H draft hidden, W
+projected width, U = 2K * d, Q query heads, K key and value heads, d head dimension, G partial sums.
 """
 
 from __future__ import annotations
@@ -12,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eagle3.flat import FlatWeights
+from eagle3.head import Fp8Head, Head
 from eagle3.kernels.causal import CausalResult
 from eagle3.kernels.heads import HeadLayout
 from eagle3.kernels.norms import weight_gradient_parts
+from eagle3.mlp import Fp8Mlp, Mlp
 from eagle3.pairs import PairPlan
 
 
@@ -50,21 +52,20 @@ class Tape:
     own_v_JNKd: Tensor
     attended_SNQd: Tensor
     normed_SNH: Tensor
-    post_SNH: Tensor
-    gate_up_SN2I: Tensor
-    active_SNI: Tensor
-    normed_PH: Tensor
+    mlp: Mlp | Fp8Mlp
+    head: Head | Fp8Head
     attention: list[CausalResult]
     middle_NH: list[Tensor]
     state_NH: list[Tensor]
 
     @classmethod
-    def allocate(cls, plan: PairPlan, num_steps: int, down_HI: Tensor, layout: HeadLayout) -> Tape:
-        """An empty tape for a batch, on the device and in the dtype of `down_HI`."""
-        hidden, intermediate = down_HI.shape
-        num_all, num_rows, num_pairs = len(plan.position_L), len(plan.row_N), len(plan.step_P)
+    def allocate(cls, plan: PairPlan, weights: FlatWeights, layout: HeadLayout, *, largest_weight: float) -> Tape:
+        """An empty tape for a batch, on the device and in the dtype of the weights' copies."""
+        num_steps, num_rows = plan.token_SN.shape
+        num_all, num_pairs = len(plan.position_L), len(plan.step_P)
+        hidden, fp8 = len(weights.copies.down_HI), weights.fp8
         q_heads, kv_heads = (layout.num_queries, layout.head_dim), (layout.num_keys, layout.head_dim)
-        new = down_HI.new_empty
+        new = weights.copy.new_empty
         none = new(0)
         return cls(
             embedded_LH=none,
@@ -74,16 +75,17 @@ class Tape:
             k0_LKd=new((num_all, *kv_heads)),
             v0_LKd=new((num_all, *kv_heads)),
             # Queries of rows without loss must be numbers: times a zero gradient they reach every key.
-            q_SLQd=down_HI.new_zeros((num_steps, num_all, *q_heads)),
+            q_SLQd=weights.copy.new_zeros((num_steps, num_all, *q_heads)),
             own_k_JNKd=new((num_steps - 1, num_rows, *kv_heads)),
             own_v_JNKd=new((num_steps - 1, num_rows, *kv_heads)),
             attended_SNQd=new((num_steps, num_rows, *q_heads)),
             normed_SNH=new((num_steps, num_rows, hidden)),
-            post_SNH=new((num_steps, num_rows, hidden)),
-            gate_up_SN2I=new((num_steps, num_rows, 2 * intermediate)),
-            active_SNI=new((num_steps, num_rows, intermediate)),
-            # Pairs without a row must be numbers, too.
-            normed_PH=down_HI.new_zeros((num_pairs, hidden)),
+            mlp=Mlp(weights, num_steps=num_steps, num_rows=num_rows)
+            if fp8 is None
+            else Fp8Mlp(weights, fp8, num_steps=num_steps, num_rows=num_rows),
+            head=Head(weights, num_pairs=num_pairs)
+            if fp8 is None
+            else Fp8Head(weights, fp8, num_pairs=num_pairs, largest_weight=largest_weight),
             attention=[],
             middle_NH=[],
             state_NH=[],
@@ -94,7 +96,6 @@ class Tape:
 class TapeGradients:
     """Gradients on their way back, laid out as in `Tape`; those of keys and values add up over steps in float32."""
 
-    state_SNH: Tensor
     middle_SNH: Tensor
     projected_SNW: Tensor
     attended_LQd: Tensor
@@ -113,14 +114,13 @@ class TapeGradients:
         precise = torch.promote_types(torch.float32, tape.k0_LKd.dtype)
         width = (num_queries + 2 * num_keys) * head_dim
         return cls(
-            state_SNH=torch.empty_like(tape.post_SNH),
-            middle_SNH=torch.empty_like(tape.post_SNH),
-            projected_SNW=tape.post_SNH.new_empty((num_steps, num_rows, width)),
+            middle_SNH=torch.empty_like(tape.normed_SNH),
+            projected_SNW=tape.normed_SNH.new_empty((num_steps, num_rows, width)),
             attended_LQd=torch.zeros_like(tape.q_SLQd[0]),
             q_NQd=torch.empty_like(tape.attended_SNQd[0]),
             k0_LKd=torch.zeros_like(tape.k0_LKd, dtype=precise),
             v0_LKd=torch.zeros_like(tape.v0_LKd, dtype=precise),
             own_k_JNKd=torch.zeros_like(tape.own_k_JNKd, dtype=precise),
             own_v_JNKd=torch.zeros_like(tape.own_v_JNKd, dtype=precise),
-            first_LU=tape.post_SNH.new_empty((num_all, 2 * num_keys * head_dim)),
+            first_LU=tape.normed_SNH.new_empty((num_all, 2 * num_keys * head_dim)),
         )

@@ -1,4 +1,4 @@
-"""Step 33: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
+"""Step 35: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from eagle3.draft import Draft, draft_config
 from eagle3.errors import CheckpointError, ConfigError
 from eagle3.files import sole_writer
 from eagle3.flat import FlatWeights
-from eagle3.fused_scorer import FusedScorer, obstacle
+from eagle3.fused_scorer import FusedScorer, fp8_obstacle, obstacle
 from eagle3.inputs import RunInputs, Target, choose_vocab, open_inputs
 from eagle3.loss import Objective
 from eagle3.metrics import METRICS as METRICS
@@ -297,7 +297,7 @@ def scorer_and_optimizer(
         ranks: The processes that learn together.
 
     Raises:
-        ConfigError: If `train.step` asks for a step that this draft cannot take.
+        ConfigError: If `train.step` or `train.fp8` asks for a step that this draft cannot take.
     """
     precision = _precision(config, ranks.device)
     reason = obstacle(config, draft)
@@ -305,9 +305,14 @@ def scorer_and_optimizer(
     if kind == "fused":
         if reason is not None:
             raise ConfigError(f"train.step is fused, but {reason}. Leave out train.step, or set it to autograd.")
-        weights = FlatWeights(draft, dtype=precision)
+        if config.train.fp8 and (reason := fp8_obstacle(config, draft, ranks.device)) is not None:
+            raise ConfigError(f"train.fp8 is set, but {reason}. Leave out train.fp8, or change that.")
+        weights = FlatWeights(draft, dtype=precision, fp8=config.train.fp8)
         scorer = FusedScorer(target, draft, weights, config=config, ranks=ranks)
         return scorer, FlatDraftOptimizer(draft, config.train, weights)
+    if config.train.fp8:
+        why = reason or "train.step is autograd, or null on the CPU"
+        raise ConfigError(f"train.fp8 is set, but only the fused step has it, and {why}. Leave out train.fp8.")
     unroll = TrainingTimeTest(
         draft,
         num_steps=config.unroll.steps,

@@ -58,7 +58,7 @@ def add_rms_norm(
         weight_H: Weight of the norm.
         eps: Added to the mean square.
         second: Another norm of the same sum, written to its own place.
-        out_MH: Where the norm goes; a new tensor if None.
+        out_MH: Where the norm goes, in any dtype; a new tensor if None.
 
     Returns:
         The sum (`x_MH` itself if nothing is added) and its norm, (M, H) each, in the dtype of `x_MH`.
@@ -94,9 +94,10 @@ def _add_rms_norm_twin(
     hat_MH = _normed(sum_MH, eps)
     if second is not None:
         used_M = second.index_M >= 0
-        second.out_RH[second.index_M[used_M].long()] = (hat_MH[used_M] * second.weight_H).to(sum_MH.dtype)
-    normed_MH = (hat_MH * weight_H).to(sum_MH.dtype)
-    return sum_MH, normed_MH if out_MH is None else out_MH.copy_(normed_MH)
+        second_RH = hat_MH[used_M] * second.weight_H
+        second.out_RH[second.index_M[used_M].long()] = second_RH.to(second.out_RH.dtype)
+    normed_MH = hat_MH * weight_H
+    return sum_MH, normed_MH.to(sum_MH.dtype) if out_MH is None else out_MH.copy_(normed_MH)
 
 
 def _normed(x_MH: Tensor, eps: float) -> Tensor:

@@ -49,18 +49,23 @@ def soft_cross_entropy_(
     weight_C: Tensor,
     loss_C: Tensor,
     argmax_C: Tensor,
+    grad_CD: Tensor | None = None,
+    grad_factor: float = 1.0,
 ) -> None:
     """Scores a chunk: -weight * sum_v p_v log q_v, p the teacher's softmax and q the draft's.
 
     Args:
-        logits_CD: The draft's logits; replaced by the gradient of the loss.
+        logits_CD: The draft's logits; replaced by the gradient of the loss, unless it has a place of its own.
         teacher_MD: The teacher's logits of the draft vocabulary.
         teacher_lse_M: Their log-sum-exp.
         teacher_C: int32, the teacher row of each pair.
         weight_C: float32 or better, the weight of each pair.
         loss_C: Overwritten by the weighted loss.
         argmax_C: int32, overwritten by the draft's greedy token, the lowest of equal ones.
+        grad_CD: Where the gradient goes, in any dtype; over the logits if None.
+        grad_factor: What it is multiplied with.
     """
+    grad_CD = logits_CD if grad_CD is None else grad_CD
     if not logits_CD.is_cuda:
         precise = weight_C.dtype
         logits = logits_CD.to(precise)
@@ -69,10 +74,11 @@ def soft_cross_entropy_(
         log_q = logits.log_softmax(dim=-1)
         argmax_C.copy_(logits.argmax(dim=-1))
         loss_C.copy_(-weight_C * (p * log_q).sum(dim=-1))
-        logits_CD.copy_((log_q.exp() - p) * weight_C[:, None])
+        grad_CD.copy_((log_q.exp() - p) * (grad_factor * weight_C[:, None]))
     elif len(logits_CD):
         _soft_cross_entropy_kernel[(len(logits_CD),)](
-            *(logits_CD, teacher_MD, teacher_lse_M, teacher_C, weight_C, loss_C, argmax_C, logits_CD.shape[1]),
+            *(logits_CD, teacher_MD, teacher_lse_M, teacher_C, weight_C, loss_C, argmax_C),
+            *(grad_CD, grad_factor, logits_CD.shape[1]),
             BLOCK=_BLOCK,
             num_warps=8,
         )
@@ -107,6 +113,8 @@ def _soft_cross_entropy_kernel(
     weight_ptr,
     loss_ptr,
     argmax_ptr,
+    grad_ptr,
+    grad_factor,
     width,
     BLOCK: tl.constexpr,
 ):
@@ -135,8 +143,8 @@ def _soft_cross_entropy_kernel(
     tl.store(argmax_ptr + pair, best)
     for start in range(0, width, BLOCK):
         inside = start + column < width
-        place = logits_ptr + pair * width + start + column
-        logits = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
+        place = pair * width + start + column
+        logits = tl.load(logits_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
         teacher = tl.load(teacher_ptr + teacher_row * width + start + column, mask=inside, other=float("-inf"))
         grad = weight * (tl.exp(logits - lse) - tl.exp(teacher.to(tl.float32) - teacher_lse))
-        tl.store(place, grad, mask=inside)
+        tl.store(grad_ptr + place, (grad_factor * grad).to(grad_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,126 @@
+"""Step 24: the products of the MLP in all steps of a batch, forward and back, in the dtype of the copies or in FP8.
+
+Shape suffixes: N rows that carry loss, S steps, H draft hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from eagle3.flat import FlatWeights, Fp8Weights
+from eagle3.kernels.fp8 import (
+    E4M3,
+    Scaled,
+    product,
+    quantise_rows,
+    swiglu_backward_rows,
+    swiglu_rows,
+    weight_gradient,
+)
+from eagle3.kernels.swiglu import swiglu, swiglu_backward_
+
+
+class Mlp:
+    """The MLP of one batch; keeps of each step what its gradients need.
+
+    Args:
+        weights: Its gradients are written by `weight_gradients`.
+        num_steps: S.
+        num_rows: N.
+
+    Attributes:
+        norm_H: Weight of the norm before it.
+        input_SNH: The states that enter it, to be written there before `forward`.
+    """
+
+    def __init__(self, weights: FlatWeights, *, num_steps: int, num_rows: int) -> None:
+        self._w, self._g = weights.copies, weights.grads
+        hidden, intermediate = self._w.down_HI.shape
+        new = self._w.down_HI.new_empty
+        self.norm_H = self._w.post_norm_H
+        self.input_SNH = new((num_steps, num_rows, hidden))
+        self._gate_up_SN2I = new((num_steps, num_rows, 2 * intermediate))
+        self._active_SNI = new((num_steps, num_rows, intermediate))
+
+    @cached_property
+    def grad_SNH(self) -> Tensor:
+        """The gradients of what it gave, to be written there before `backward`; made when they are due."""
+        return torch.empty_like(self.input_SNH)
+
+    def forward(self, step: int) -> Tensor:
+        """What a step's states become: (N, H)."""
+        torch.mm(self.input_SNH[step], self._w.gate_up_2IH.T, out=self._gate_up_SN2I[step])
+        swiglu(self._gate_up_SN2I[step], out_MI=self._active_SNI[step])
+        return self._active_SNI[step] @ self._w.down_HI.T
+
+    def backward(self, step: int) -> Tensor:
+        """The gradient of the states that entered a step: (N, H)."""
+        swiglu_backward_(self._gate_up_SN2I[step], self.grad_SNH[step] @ self._w.down_HI)
+        return self._gate_up_SN2I[step] @ self._w.gate_up_2IH
+
+    def weight_gradients(self) -> None:
+        """Writes the gradients of its weights: one product over all steps for each."""
+        torch.mm(self._gate_up_SN2I.flatten(0, 1).T, self.input_SNH.flatten(0, 1), out=self._g.gate_up_2IH)
+        torch.mm(self.grad_SNH.flatten(0, 1).T, self._active_SNI.flatten(0, 1), out=self._g.down_HI)
+
+
+class Fp8Mlp:
+    """The same with all factors in FP8; what is kept of a step takes half the room."""
+
+    def __init__(self, weights: FlatWeights, fp8: Fp8Weights, *, num_steps: int, num_rows: int) -> None:
+        self._fp8, self._g = fp8, weights.grads
+        hidden, intermediate = self._g.down_HI.shape
+        self._dtype = self._g.down_HI.dtype
+        self._grad_NH = self._g.down_HI.new_empty((num_rows, hidden))
+        self.norm_H = fp8.post_norm_H
+        self.input_SNH = self._grad_NH.new_empty((num_steps, num_rows, hidden), dtype=E4M3)
+        self._gate_up_N2I: list[Tensor] = []
+        self._active_XI = self._rows(num_steps, intermediate)
+
+    def _rows(self, num_steps: int, width: int) -> Scaled:
+        num = num_steps * len(self._grad_NH)
+        scale = torch.empty((num, 1), device=self._grad_NH.device)
+        return Scaled(values_MK=self._grad_NH.new_empty((num, width), dtype=E4M3), scale=scale)
+
+    def _of(self, step: int) -> slice:
+        num_rows = len(self._grad_NH)
+        return slice(step * num_rows, (step + 1) * num_rows)
+
+    @cached_property
+    def grad_SNH(self) -> Tensor:
+        """As of `Mlp`; every step has the same room, for it is kept in FP8."""
+        return self._grad_NH.expand(len(self.input_SNH), -1, -1)
+
+    @cached_property
+    def _grad_XH(self) -> Scaled:
+        return self._rows(len(self.input_SNH), self._grad_NH.shape[1])
+
+    @cached_property
+    def _grad_gate_up_X2I(self) -> Scaled:
+        return self._rows(len(self.input_SNH), 2 * self._active_XI.values_MK.shape[1])
+
+    def forward(self, step: int) -> Tensor:
+        """As of `Mlp`."""
+        input_NH = Scaled(values_MK=self.input_SNH[step], scale=self._fp8.post_scale)
+        self._gate_up_N2I.append(product(input_NH, self._fp8.gate_up.forward, dtype=self._dtype))
+        active_NI = self._active_XI.rows(self._of(step))
+        swiglu_rows(self._gate_up_N2I[-1], out=active_NI)
+        return product(active_NI, self._fp8.down.forward, dtype=self._dtype)
+
+    def backward(self, step: int) -> Tensor:
+        """As of `Mlp`."""
+        grad_NH = self._grad_XH.rows(self._of(step))
+        quantise_rows(self.grad_SNH[step], out=grad_NH)
+        grad_active_NI = product(grad_NH, self._fp8.down.backward, dtype=self._dtype, with_row_scale=False)
+        grad_N2I = self._grad_gate_up_X2I.rows(self._of(step))
+        swiglu_backward_rows(self._gate_up_N2I.pop(), grad_active_NI, grad_NH.scale, out=grad_N2I)
+        return product(grad_N2I, self._fp8.gate_up.backward, dtype=self._dtype)
+
+    def weight_gradients(self) -> None:
+        """As of `Mlp`."""
+        input_XH = Scaled(values_MK=self.input_SNH.flatten(0, 1), scale=self._fp8.post_scale)
+        weight_gradient(self._grad_gate_up_X2I, input_XH, out_NK=self._g.gate_up_2IH)
+        weight_gradient(self._grad_XH, self._active_XI, out_NK=self._g.down_HI)
