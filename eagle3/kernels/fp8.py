@@ -208,8 +208,8 @@ def product(
     else:
         precise = torch.promote_types(torch.float32, dtype)
         torch.mul(a_MK.to(precise) @ b_NK.to(precise).T, scale * b.scale, out=out)
-    # Powers of two round nothing here.
-    return out.mul_(a.scale) if a.scale.dim() and with_row_scale else out
+    # Powers of two round nothing here, and are themselves whole in any of these types.
+    return out.mul_(a.scale.to(dtype)) if a.scale.dim() and with_row_scale else out
 
 
 def weight_gradient(a: Scaled, b: Scaled, *, out_NK: Tensor) -> None:

@@ -229,17 +229,18 @@ def test_weights_in_fp8_follow_the_optimizer():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
-def test_a_gpu_computes_what_its_imitation_does():
+def test_a_gpu_is_as_near_to_the_truth_as_its_imitation():
     """In another order, and in bfloat16 between products: roundings differ, errors agree in size."""
     draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1520, draft_vocab=1008, intermediate=512)
     batch = make_batch(draft, (torch.arange(300) % 90 >= 30).repeat(2, 1).tolist())
     batch["hidden_BTE"] *= 4
-    outcomes = []
+    exact, exact_grads = autograd(draft, batch, num_steps=5)
+    errors = []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
         weights = FlatWeights(draft.to(device), dtype=dtype, fp8=True)
-        outcomes.append(run_fused(FusedStep(draft, weights, num_steps=5), weights, batch, num_steps=5))
-    (expected, expected_grads), (result, grads) = outcomes
-    assert expected.loss_sum.item() == pytest.approx(result.loss_sum.item(), rel=1e-2)
-    for name, grad in expected_grads.items():
-        error = (grad - grads[name].cpu().double()).norm()
-        assert error <= 0.12 * grad.norm(), f"{name}: {error / grad.norm()}"
+        result, grads = run_fused(FusedStep(draft, weights, num_steps=5), weights, batch, num_steps=5)
+        assert exact.loss_sum.item() == pytest.approx(result.loss_sum.item(), rel=1e-2)
+        errors.append({name: (exact_grads[name] - grad.cpu().double()).norm() for name, grad in grads.items()})
+    for name, grad in exact_grads.items():
+        imitated, real = (error[name] / grad.norm() for error in errors)
+        assert real <= 1.2 * imitated + 2e-2, f"{name}: {imitated}, on a GPU {real}"
