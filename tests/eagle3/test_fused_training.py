@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from eagle3.errors import ConfigError
+from eagle3.kernels import fp8
 from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, weights_of
 
@@ -60,6 +61,50 @@ def test_what_it_cannot_do_is_said(world, tmp_path):
         ConfigError, match=r"^train\.step is fused, but unroll\.loss is lk_alpha\. Leave out train\.step"
     ):
         train(config_of(world, tmp_path, train={"step": "fused"}, unroll={"loss": "lk_alpha"}), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("train_options", "other", "reason"),
+    [
+        ({}, {}, "only the fused step has it, and train.step is autograd, or null on the CPU. Leave out train.fp8."),
+        (
+            {"step": None},
+            {"unroll": {"loss": "lk_alpha"}},
+            "only the fused step has it, and unroll.loss is lk_alpha. Leave out train.fp8.",
+        ),
+        (
+            {"step": "fused"},
+            {"draft_vocab_size": 100},
+            "draft.vocab_size is 100, not a multiple of 16. Leave out train.fp8, or change that.",
+        ),
+    ],
+)
+def test_where_fp8_cannot_be_is_said(world, tmp_path, train_options, other, reason):
+    config = config_of(world, tmp_path, train={"fp8": True, **train_options}, **other)
+    with pytest.raises(ConfigError) as caught:
+        train(config, ALONE)
+    assert f"train.fp8 is set, but {reason}" == str(caught.value)
+
+
+def test_a_gpu_without_fp8_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    assert fp8.obstacle(torch.device("cuda")) == "NVIDIA A100 has no FP8"
+
+
+def test_a_run_in_fp8_learns_nearly_the_same_and_resumes_to_the_bit(world, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(config_of(world, tmp_path / "exact", train={"step": "fused"}), ALONE)
+    train(config_of(world, whole, every_steps=3, train={"step": "fused", "fp8": True}), ALONE)
+    for exact, rounded in zip(metrics_of(tmp_path / "exact"), metrics_of(whole), strict=True):
+        assert exact["loss"] == pytest.approx(rounded["loss"], rel=2e-2)
+    shutil.copytree(whole / "checkpoints" / "epoch_1_step_3", cut / "checkpoints" / "epoch_1_step_3")
+    shutil.copy(whole / "draft_config.json", cut)
+    resumed = config_of(world, cut, every_steps=3, restore_from="epoch_1_step_3", train={"step": "fused", "fp8": True})
+    train(resumed, ALONE)
+    expected, actual = weights_of(whole, "epoch_2_step_10"), weights_of(cut, "epoch_2_step_10")
+    assert metrics_of(whole)[3:] == metrics_of(cut)
+    assert [True] * len(expected) == [torch.equal(expected[name], actual[name]) for name in expected]
 
 
 def test_worker_processes_prepare_the_same_rows_and_pairs(world, tmp_path):
