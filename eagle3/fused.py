@@ -69,6 +69,8 @@ class FusedStep:
         self._largest_weight = max(1.0, decay ** (num_steps - 1))
         self._target_ids_D: Tensor | None = None
         self._angles: Angles | None = None
+        # Graphs of shorter batches go on reading theirs.
+        self._outgrown: list[Angles] = []
 
     def __call__(
         self,
@@ -104,6 +106,9 @@ class FusedStep:
 
     def _angles_up_to(self, num_positions: int) -> Angles:
         if self._angles is None or len(self._angles.cos) < num_positions:
+            if self._angles is not None:
+                self._outgrown.append(self._angles)
+                num_positions = max(num_positions, 2 * len(self._angles.cos))
             positions = torch.arange(num_positions, device=self._weights.copy.device)
             cos, sin = self._draft.rope_angles(positions, dtype=self._weight_S.dtype)
             self._angles = Angles(cos=cos, sin=sin)
