@@ -245,6 +245,8 @@ def test_a_target_that_does_not_fit_is_refused(world, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("speculators") is None, reason="the speculators library is not installed")
+# It is slow without a compiler, says torch of the library's attention.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("run", ["shrunk", "newer", "joint", "whole"])
 def test_the_speculators_library_loads_its_format_and_drafts_the_same(world, tmp_path, run):
     from speculators import SpeculatorModel  # type: ignore[import-not-found]
