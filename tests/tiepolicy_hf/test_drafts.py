@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiepolicy
 import tiepolicy_hf
 from models import tiny_llama
+from tiepolicy import Reason
 from tiepolicy.errors import MissingTensorError, ShapeMismatchError, TieConflictError
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -43,28 +45,46 @@ def flag_in(folder):
 
 
 @pytest.mark.survey("T01")
-def test_today_building_a_draft_with_an_inherited_flag_widens_its_head():
-    model = DraftBuiltTooEarly(tiny_llama(tie_word_embeddings=True).config)
-    assert ((96, 16), 32) == (tuple(model.lm_head.weight.shape), model.lm_head.out_features)
-
-
-@pytest.mark.survey("T04")
-def test_today_the_small_head_of_a_draft_does_not_come_back(tmp_path):
-    model = draft()
-    model.save_pretrained(tmp_path)
-    model.tie_weights()
-    assert (96, 16) == tuple(model.lm_head.weight.shape)
+def test_a_draft_is_built_with_its_own_head_by_the_flag_that_we_saved(tmp_path):
+    """Today a class that builds its head before transformers ties gets a wider one by the inherited flag, unasked."""
+    widened = DraftBuiltTooEarly(tiny_llama(tie_word_embeddings=True).config)
+    assert ((96, 16), 32) == (tuple(widened.lm_head.weight.shape), widened.lm_head.out_features)
+    (refusal,) = tiepolicy.plan(draft()).refused
+    assert Reason.SHAPE_MISMATCH is refusal.verdict.reason
+    folder = tiepolicy_hf.save_pretrained(draft(), tmp_path / "draft")
+    built = DraftBuiltTooEarly(LlamaConfig.from_pretrained(folder))
+    assert (DRAFT_VOCAB_SIZE, 16) == tuple(built.lm_head.weight.shape)
 
 
 @pytest.mark.survey("T02")
-def test_a_draft_comes_back_with_its_own_head_and_a_flag_that_says_so(tmp_path):
+def test_a_head_of_its_own_is_loaded_into_a_model_built_from_the_config(tmp_path):
+    """Today the model that the inherited flag built has no place for it."""
     model = draft()
-    tiepolicy_hf.save_pretrained(model, tmp_path / "draft")
-    for load in (tiepolicy_hf.from_pretrained, lambda cls, folder: cls.from_pretrained(folder)):
-        loaded = load(DraftLlama, tmp_path / "draft")
-        assert torch.equal(model.lm_head.weight, loaded.lm_head.weight)
-    assert not flag_in(tmp_path / "draft")
+    folder = tiepolicy_hf.save_pretrained(model, tmp_path / "draft")
     assert model.config.tie_word_embeddings, "the live config is the caller's"
+    with pytest.raises(RuntimeError, match=r"size mismatch for lm_head.weight: .*\[32, 16\].*\[96, 16\]"):
+        DraftBuiltTooEarly(model.config).load_state_dict(model.state_dict())
+    built = DraftBuiltTooEarly(LlamaConfig.from_pretrained(folder))
+    built.load_state_dict(model.state_dict())
+    for cls in (DraftLlama, DraftBuiltTooEarly):
+        for loaded in (built, tiepolicy_hf.from_pretrained(cls, folder), cls.from_pretrained(folder)):
+            assert torch.equal(model.lm_head.weight, loaded.lm_head.weight)
+    assert not flag_in(folder)
+
+
+@pytest.mark.survey("T04")
+def test_the_small_head_of_a_draft_is_in_the_file_and_comes_back(tmp_path):
+    """Today it was replaced when the class was built, is in no file, and comes back as the embedding."""
+    DraftBuiltTooEarly(tiny_llama(tie_word_embeddings=True).config).save_pretrained(tmp_path / "theirs")
+    assert HEAD not in load_file(tmp_path / "theirs" / "model.safetensors")
+    assert (96, 16) == tuple(DraftBuiltTooEarly.from_pretrained(tmp_path / "theirs").lm_head.weight.shape)
+    model = draft()
+    model.save_pretrained(tmp_path / "inherited")
+    loaded = tiepolicy_hf.from_pretrained(DraftBuiltTooEarly, tmp_path / "inherited")
+    tiepolicy_hf.save_pretrained(loaded, tmp_path / "ours")
+    assert torch.equal(model.lm_head.weight, load_file(tmp_path / "ours" / "model.safetensors")[HEAD])
+    again = tiepolicy_hf.from_pretrained(DraftBuiltTooEarly, tmp_path / "ours")
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight)
 
 
 @pytest.mark.survey("T03")

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import LlamaForCausalLM
 
 import tiepolicy
@@ -173,14 +174,29 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.survey("T59")
-def test_a_head_that_is_computed_from_its_embedding_is_saved_with_what_it_is_computed_from(tmp_path):
+@pytest.mark.parametrize(
+    ("register", "original"),
+    [
+        (lambda head: parametrize.register_parametrization(head, "weight", Doubled()), "original"),
+        (weight_norm, "original1"),
+    ],
+    ids=["parametrization", "weight_norm"],
+)
+def test_a_head_that_is_computed_from_its_embedding_is_saved_with_what_it_is_computed_from(
+    register, original, tmp_path
+):
     """Today transformers refuses to save it, or to tie it again."""
     model = tied()
-    parametrize.register_parametrization(model.lm_head, "weight", Doubled())
-    with pytest.raises((KeyError, RuntimeError)):
+    register(model.lm_head)
+    with pytest.raises(KeyError, match="attribute 'weight' already exists"):
         model.tie_weights()
+    with pytest.raises(RuntimeError, match="which are not properly defined"):
+        model.save_pretrained(tmp_path / "theirs")
     folder = tiepolicy_hf.save_pretrained(model, tmp_path / "model")
-    stored = load_file(folder / "model.safetensors")
-    original = "lm_head.parametrizations.weight.original"
-    assert torch.equal(model.lm_head.parametrizations.weight.original, stored[original])
-    assert torch.equal(model.model.embed_tokens.weight, stored[EMBED])
+    again = untied()
+    register(again.lm_head)
+    again.load_state_dict(load_file(folder / "model.safetensors"))
+    ids = torch.tensor([[5, 20, 7]])
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert torch.equal(model.model.embed_tokens.weight, again.model.embed_tokens.weight)
+    assert f"lm_head.parametrizations.weight.{original}" in load_file(folder / "model.safetensors")
