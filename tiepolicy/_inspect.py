@@ -8,7 +8,7 @@ from typing import Any
 
 from tiepolicy._contents import Contents
 from tiepolicy._diff import FILE_DIFFERS, Comparison, Values
-from tiepolicy._digests import DIGESTS
+from tiepolicy._digests import read_digests
 from tiepolicy._external import ExternalTie
 from tiepolicy._groups import RefusedClaim
 from tiepolicy._picture import Kind, Link, draw, refusal_link
@@ -176,7 +176,12 @@ def show_problems(path: Path, problems: Sequence[str]) -> str:
 
 
 def _unread(path: Path) -> str:
-    return "" if (path / DIGESTS).exists() else ". No digests were recorded, so the values of tensors were not checked"
+    records = (read_digests(path) if path.is_dir() else None) or {}
+    return (
+        ""
+        if records and all(record.digest for record in records.values())
+        else ". No digests were recorded, so the values of tensors were not checked"
+    )
 
 
 def problem_values(path: Path, problems: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard
 from tiepolicy_dcp._ranks import all_present, is_distributed, is_first_rank, on_all_ranks, on_first_rank
 from tiepolicy_dcp._save import Contents, Job, begin, collect, complete
-from tiepolicy_dcp._staging import SharedStaging, Staging
+from tiepolicy_dcp._staging import Staging
 from tiepolicy_dcp._worker import WorkerProcess
 from tiepolicy_dcp.errors import CheckpointError
 
@@ -83,9 +83,8 @@ class AsyncSaver:
     def __init__(self, worker: Worker = "thread") -> None:
         if worker not in ("thread", "process"):
             raise CheckpointError(f"worker is {worker!r}, but must be 'thread' or 'process'")
-        self._shared = SharedStaging() if worker == "process" else None
-        self._staging = self._shared or Staging()
-        self._process = None if self._shared is None else WorkerProcess(self._shared.descriptor)
+        self._staging = Staging()
+        self._process = WorkerProcess(self._staging.descriptor) if worker == "process" else None
         # The trainer's collectives and ours must not meet in one group, nor ours wait for a GPU.
         with all_present():
             group: Any = dist.new_group(backend="gloo") if is_distributed() else None
@@ -122,7 +121,9 @@ class AsyncSaver:
         except (MemoryError, OSError, RuntimeError) as error:
             if is_first_rank():
                 discard(job.unfinished)
-            raise CheckpointError(f"{folder} could not be copied for a save in the background: {error}") from error
+            raise CheckpointError(
+                f"{folder} could not be written: there is no memory for a copy of it: {error}. Nothing was kept"
+            ) from error
         self._pending = PendingSave()
         write = self._write(copies[: len(job.share.plan.items)], digest=contents.digests)
         arguments = (self._pending, _with_copies(job, copies), write, then)
@@ -160,10 +161,10 @@ class AsyncSaver:
             dist.destroy_process_group(self._group)
 
     def _write(self, copies: Sequence[torch.Tensor], *, digest: bool) -> Callable[[Path], Written]:
-        process, shared = self._process, self._shared
-        if process is None or shared is None:
-            return lambda path: write_tensors(path, copies, digest=digest, streams=self._staging.streams)
-        return lambda path: process.write(path, shared.fetch(copies), digest=digest)
+        process, staging = self._process, self._staging
+        if process is None:
+            return lambda path: write_tensors(path, copies, digest=digest, streams=staging.streams)
+        return lambda path: process.write(path, staging.fetch(copies), digest=digest)
 
     def _run(self, pending: PendingSave, job: Job, write: Callable[[Path], Written], then: Callable[[], None]) -> None:
         try:

@@ -6,7 +6,7 @@ Pinning as much memory as is copied would take longer than the copy. On the CPU 
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -74,35 +74,46 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return plain.reshape(-1).view(torch.uint8)
 
 
-def fetch_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], streams: Streams) -> None:
-    """Copy tensors of GPUs to the CPU, and wait until they are there.
+def fetch(descriptor: int, tensors: Mapping[int, torch.Tensor], streams: Streams) -> None:
+    """Write the elements of tensors to a file, and wait until they are there.
 
     Args:
-        pairs: A contiguous tensor on the CPU, in memory of any kind, and what to copy into it.
-        streams: They follow what made the latter.
+        descriptor: A file open for writing, whose pages are memory.
+        tensors: By the place of their first byte, on any device.
+        streams: They follow what made the tensors.
     """
-    pairs = list(pairs)
-    free = deque(pieces(pinned=any(source.is_cuda for _, source in pairs))) if pairs else deque()
-    under_way: deque[tuple[torch.Tensor, torch.Tensor, list[torch.cuda.Event]]] = deque()
+    free = deque(pieces(pinned=True)) if any(tensor.is_cuda for tensor in tensors.values()) else deque()
+    under_way: deque[tuple[int, int, torch.Tensor, list[torch.cuda.Event]]] = deque()
 
     def land() -> None:
-        target, piece, marks = under_way.popleft()
+        place, num_bytes, piece, marks = under_way.popleft()
         for mark in marks:
             mark.synchronize()
-        target.copy_(piece[: len(target)])
+        write_at(descriptor, place, piece[:num_bytes])
         free.append(piece)
 
-    for whole, source in pairs:
-        elements = as_bytes(source)
-        streams.follow([elements] if elements.data_ptr() != source.data_ptr() else [])
-        for target, part in zip(as_bytes(whole).split(PIECE_BYTES), elements.split(PIECE_BYTES), strict=True):
+    for start, tensor in tensors.items():
+        elements = as_bytes(tensor if tensor.is_cuda else tensor.cpu())
+        if not elements.is_cuda:
+            write_at(descriptor, start, elements)
+            continue
+        streams.follow([] if tensor.is_contiguous() else [elements])
+        for index, part in enumerate(elements.split(PIECE_BYTES)):
             if not free:
                 land()
             piece = free.popleft()
             streams.copy_(piece[: len(part)], part)
-            under_way.append((target, piece, streams.marks()))
+            under_way.append((start + index * PIECE_BYTES, len(part), piece, streams.marks()))
     while under_way:
         land()
+
+
+def write_at(descriptor: int, place: int, elements: torch.Tensor) -> None:
+    """Write `(bytes,)` of uint8 on the CPU to a place in a file."""
+    left = memoryview(elements.numpy().data)
+    while left:
+        count = os.pwrite(descriptor, left, place)
+        left, place = left[count:], place + count
 
 
 class Section(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import torch
 
 from tiepolicy import FileRecord, new_digest
-from tiepolicy_dcp._devices import PIECE_BYTES, Streams, pieces
+from tiepolicy_dcp._devices import PIECE_BYTES, Streams, pieces, write_at
 
 #: Enough to keep a disk busy.
 _NUM_WRITERS = 2
@@ -160,19 +160,16 @@ class PieceFile:
         self._writing.append(self._writers.submit(filled))
 
     def _write(self, filled: _Filled) -> torch.Tensor:
-        left, place = memoryview(filled.piece.numpy().data)[: filled.num_bytes], filled.start
+        left, place = filled.piece[: filled.num_bytes], filled.start
         if self._direct is not None and filled.num_bytes == PIECE_BYTES:
             try:
-                count = os.pwrite(self._direct, left, place)
+                count = os.pwrite(self._direct, left.numpy().data, place)
                 left, place = left[count:], place + count
             except OSError as error:
                 if error.errno != errno.EINVAL:  # a file system may refuse as late as this
                     raise
-        flush = left and filled.num_bytes == PIECE_BYTES  # or all would wait for the end
-        while left:
-            count = os.pwrite(self._file.fileno(), left, place)
-            left, place = left[count:], place + count
-        if flush:
+        write_at(self._file.fileno(), place, left)
+        if len(left) and filled.num_bytes == PIECE_BYTES:  # or all would wait for the end
             os.fsync(self._file.fileno())
         return filled.piece
 

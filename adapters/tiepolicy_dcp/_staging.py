@@ -6,13 +6,13 @@ What lies on a GPU is copied within it if it has room, which takes milliseconds,
 import math
 import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from tiepolicy_dcp._devices import Streams, fetch_
-from tiepolicy_dcp.errors import CheckpointError
+from tiepolicy_dcp._devices import Streams, fetch
 
 #: Where a copy may begin: what vector instructions and DMA like.
 _ALIGNMENT = 64
@@ -29,9 +29,14 @@ class Place(NamedTuple):
 
 
 class Staging:
-    """Memory of one process for one copy of what it saves."""
+    """Memory of one process for one copy of what it saves: a file that lies in memory and has no name.
+
+    So another process can map it, the kernel frees it when the last of both is gone, however that ends, and a first
+    copy is no slower than any other: what is written to a file needs no page that is cleared before, or mapped.
+    """
 
     def __init__(self) -> None:
+        self.descriptor = _file_in_memory()
         #: For what is read of the copies.
         self.streams = Streams()
         self._memory = memoryview(bytearray())
@@ -46,27 +51,38 @@ class Staging:
         """
         live = [tensor.detach() for tensor in tensors]
         places, num_bytes = layout(live)
-        copies = views(self._reserve(num_bytes), places)  # what is not used of it takes no memory
+        self._reserve(num_bytes)
+        on_devices: dict[int, torch.Tensor] = {}
         for device in {tensor.device for tensor in live if tensor.is_cuda}:
-            indices = [index for index, tensor in enumerate(live) if tensor.device == device]
-            places, num_bytes = layout([live[index] for index in indices])
-            if self._has_room(device, num_bytes):
-                for index, copy in zip(indices, views(self._on_devices[device], places), strict=True):
-                    copies[index] = copy
-        fetched = []
-        for copy, tensor in zip(copies, live, strict=True):
-            if tensor.is_cuda and not copy.is_cuda:
-                fetched.append((copy, tensor))
-            else:
-                copy.copy_(tensor)  # on a GPU: before whatever its stream does next
-        self.streams.follow([*copies, *(tensor for _, tensor in fetched)])
-        fetch_(fetched, self.streams)
-        return copies
+            on_devices |= self._copied_within(device, live)
+        self.streams.follow([*live, *on_devices.values()])
+        rest = {place.start: live[index] for index, place in enumerate(places) if index not in on_devices}
+        fetch(self.descriptor, rest, self.streams)
+        return [on_devices.get(index, copy) for index, copy in enumerate(views(self._memory, places))]
+
+    def fetch(self, copies: Sequence[torch.Tensor]) -> list[Place]:
+        """Where copies lie in the file; those on GPUs are fetched first, which takes a while."""
+        places, _ = layout(copies)
+        on_devices = {place.start: copy for place, copy in zip(places, copies, strict=True) if copy.is_cuda}
+        fetch(self.descriptor, on_devices, self.streams)
+        return places
 
     def close(self) -> None:
         """Give the memory back, once no copy is in use."""
         self._memory = memoryview(bytearray())
         self._on_devices.clear()
+        os.close(self.descriptor)
+
+    def _copied_within(self, device: torch.device, live: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Copies, by index, of the tensors that lie on a GPU, if it has room for them."""
+        indices = [index for index, tensor in enumerate(live) if tensor.device == device]
+        places, num_bytes = layout([live[index] for index in indices])
+        if not self._has_room(device, num_bytes):
+            return {}
+        copies = dict(zip(indices, views(self._on_devices[device], places), strict=True))
+        for index, copy in copies.items():
+            copy.copy_(live[index])  # before whatever its stream does next
+        return copies
 
     def _has_room(self, device: torch.device, num_bytes: int) -> bool:
         """Whether a GPU has memory for copies that no training step has asked for; it is kept."""
@@ -82,56 +98,21 @@ class Staging:
         self._on_devices[device] = kept
         return True
 
-    def _reserve(self, num_bytes: int) -> memoryview:
+    def _reserve(self, num_bytes: int) -> None:
         if len(self._memory) < num_bytes:
-            self._memory = memoryview(bytearray())  # the old memory goes before the new one comes
-            self._memory = _anonymous(num_bytes)
-        return self._memory
+            os.ftruncate(self.descriptor, num_bytes)  # what is not used of it takes no memory
+            self._memory = mapped(self.descriptor)
 
 
-def _anonymous(num_bytes: int) -> memoryview:
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # most of the time of a first copy goes into small pages
-    return memoryview(memory)
-
-
-class SharedStaging(Staging):
-    """The same in memory that another process can map: a file that lies in memory and has no name.
-
-    So the kernel frees it when the last of both processes is gone, however that ends.
-
-    Raises:
-        CheckpointError: If the system has no such memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        if not hasattr(os, "memfd_create"):
-            raise CheckpointError('saving in another process needs Linux; use worker="thread"')
-        self.descriptor = os.memfd_create("tiepolicy staging")
-
-    def close(self) -> None:
-        """Give the memory back, once no copy is in use."""
-        super().close()
-        os.close(self.descriptor)
-
-    def fetch(self, copies: Sequence[torch.Tensor]) -> list[Place]:
-        """Where copies lie in the memory; those on GPUs are fetched first, which takes a while."""
-        places, num_bytes = layout(copies)
-        there = views(self._reserve(num_bytes), places)
-        fetch_([(copy, live) for copy, live in zip(there, copies, strict=True) if live.is_cuda], self.streams)
-        return places
-
-    def _reserve(self, num_bytes: int) -> memoryview:
-        if os.fstat(self.descriptor).st_size < num_bytes:
-            os.ftruncate(self.descriptor, num_bytes)
-            self._memory = mapped(self.descriptor)  # a mapping that is kept has its pages already
-        return self._memory
+def _file_in_memory() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("tiepolicy staging")
+    with tempfile.TemporaryFile() as file:  # which has no name either
+        return os.dup(file.fileno())
 
 
 def mapped(descriptor: int) -> memoryview:
-    """The whole of a file in memory, to read and write."""
+    """The whole of a file, to read and write."""
     num_bytes = os.fstat(descriptor).st_size
     return memoryview(mmap.mmap(descriptor, num_bytes) if num_bytes else bytearray())
 

@@ -49,7 +49,8 @@ def fail_on_rank_1(store: CheckpointStore, model: torch.nn.Module, worker: str) 
             if dist.get_rank() == 1:
                 store._savers[worker]._process._process.send_signal(signal.SIGSTOP)
         elif dist.get_rank() == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+            # Enough for the copy, which lies in a file in memory, and not for what is around it.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65_600, unlimited[1]))
         store.async_save("lost", model=model, worker=worker)
         if worker == "process" and dist.get_rank() == 1:
             store._savers[worker]._process._process.kill()

@@ -128,7 +128,7 @@ def test_a_killed_worker_is_an_error_that_says_so_and_the_next_save_starts_anoth
 def test_a_failure_is_raised_at_the_next_occasion_and_once(tmp_path, heard):
     store = CheckpointStore(tmp_path)
     store.save("one", model=TiedPair())
-    with largest_file(20_000):
+    with largest_file(64_100):  # enough for the copy, which lies in a file in memory, and not for what is around it
         pending = store.async_save("two", model=TiedPair(vocab_size=4000))
         occasions = {
             "result": pending.result,
@@ -142,6 +142,15 @@ def test_a_failure_is_raised_at_the_next_occasion_and_once(tmp_path, heard):
     store.save("three", model=TiedPair())
     store.close()
     assert (["one", "three"], []) == (store.names(), list(tmp_path.glob(".*.unfinished")))
+
+
+def test_no_memory_for_the_copy_is_an_error_at_the_call(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        with largest_file(20_000), pytest.raises(CheckpointError, match=r"no memory for a copy .* Nothing was kept"):
+            store.async_save("one", model=TiedPair(vocab_size=4000))
+        assert [] == list(tmp_path.glob(".*.unfinished"))
+        store.async_save("one", model=TiedPair(vocab_size=4000))
+    assert ["one"] == store.names()
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import torch.distributed.checkpoint as dcp
 
 import tiepolicy_dcp
 from models import TiedPair
+from tiepolicy._cli import main
 from tiepolicy.errors import ManifestError, MissingTensorError
-from tiepolicy_dcp import CheckpointError, UntrustedCheckpointError
+from tiepolicy_dcp import CheckpointError, CheckpointStore, PendingSave, UntrustedCheckpointError
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -63,6 +64,31 @@ def test_every_file_of_a_checkpoint_has_a_digest(tmp_path):
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(), consolidated=True)
     described = set(json.loads((folder / "digests.json").read_text())["files"])
     assert {path.name for path in folder.iterdir()} == described | {"digests.json"}
+
+
+@pytest.mark.parametrize("save", [tiepolicy_dcp.save, tiepolicy_dcp.async_save, CheckpointStore.save])
+def test_without_digests_sizes_are_checked_and_it_is_said(tmp_path, caplog, capsys, save):
+    model, loaded = TiedPair(), TiedPair()
+    if save is CheckpointStore.save:
+        folder = CheckpointStore(tmp_path).save("c", model=model, digests=False)
+    else:
+        folder = tmp_path / "c"
+        pending = save(folder, model=model, digests=False)
+        if isinstance(pending, PendingSave):
+            pending.result()
+    record = json.loads((folder / "digests.json").read_text())
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "digests.json"}
+    assert ("none", {name: [size, ""] for name, size in sizes.items()}) == (record["algorithm"], record["files"])
+    tiepolicy_dcp.load(folder, model=loaded, verify="size")
+    assert [] == caplog.messages
+    tiepolicy_dcp.load(folder, model=loaded)
+    assert [f"{folder} was saved without digests: only the sizes of its files are checked"] == caplog.messages
+    assert torch.equal(model.lm_head.weight, loaded.lm_head.weight)
+    assert 0 == main(["verify", str(folder)])
+    assert "nothing wrong. No digests were recorded" in " ".join(capsys.readouterr().out.split())
+    os.truncate(folder / "__0_0.distcp", 100)
+    with pytest.raises(CheckpointError, match="__0_0.distcp has 100 bytes"):
+        tiepolicy_dcp.load(folder, model=loaded)
 
 
 def test_lost_or_damaged_digests_are_an_error_unless_nothing_is_to_be_checked(tmp_path):

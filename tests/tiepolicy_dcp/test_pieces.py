@@ -10,9 +10,10 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiepolicy import FileRecord, check_files, measure
 from tiepolicy_dcp import _pieces
 from tiepolicy_dcp._archives import find_tensor
-from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, fetch_, read_
+from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, as_bytes, fetch, read_
 from tiepolicy_dcp._files import write_tensors
 from tiepolicy_dcp._frames import STORAGES, frame
 
@@ -85,12 +86,15 @@ def test_without_a_digest_there_is_a_size(tmp_path):
     assert ((tmp_path / "data").stat().st_size, "") == written.record
 
 
-def test_what_is_fetched_piece_by_piece_arrives(tmp_path):
-    sources = every_layout()
-    targets = [torch.empty(source.shape, dtype=source.dtype) for source in sources]
-    fetch_(zip(targets, sources, strict=True), Streams())
-    for target, source in zip(targets, sources, strict=True):
-        assert torch.equal(target.to(torch.complex64), source.to(torch.complex64))
+def test_what_is_fetched_lies_where_it_belongs(tmp_path):
+    tensors = every_layout()
+    starts = [index * 3 * PIECE_BYTES for index in range(len(tensors))]
+    with (tmp_path / "data").open("w+b") as file:
+        fetch(file.fileno(), dict(zip(starts, tensors, strict=True)), Streams())
+    content = (tmp_path / "data").read_bytes()
+    for start, tensor in zip(starts, tensors, strict=True):
+        expected = as_bytes(tensor).numpy().tobytes()
+        assert expected == content[start : start + len(expected)]
 
 
 def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path):
@@ -104,3 +108,12 @@ def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path):
             assert torch.equal(content[start : start + len(target)], target)
         with pytest.raises(EOFError, match="the file ends 1 bytes before the tensor"):
             read_([Section(file.fileno(), len(content) - 4, torch.empty(5, dtype=torch.uint8))])
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, PIECE_BYTES, 11 * PIECE_BYTES + 5])
+def test_a_file_has_the_digest_of_its_bytes_in_order_though_it_is_read_ahead(tmp_path, num_bytes):
+    content = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).numpy().tobytes()
+    (tmp_path / "data").write_bytes(content)
+    records = {"data": FileRecord(num_bytes, xxhash.xxh3_128(content).hexdigest())}
+    assert records == measure([tmp_path / "data"])
+    check_files(tmp_path, records, ["data"], verify="full", advice="")
