@@ -63,7 +63,7 @@ def read_extra(folder: Path) -> dict[str, Any]:
     try:
         tensors = load_file(member(folder, TENSORS)) if os.path.lexists(folder / TENSORS) else {}
         return dict(_put_tensors(values, tensors))
-    except (OSError, SafetensorError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: cannot be opened
         raise CheckpointError(f"{folder / TENSORS} is damaged or does not belong to {VALUES}: {error}") from error
 
 

@@ -53,10 +53,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: If it cannot be written.
     """
+    with naming(path):
+        path.touch(exist_ok=False)
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:  # which is none of the system's errors, whatever its cause
         raise CheckpointError(f"{path} could not be written: {error}. Nothing was kept") from error
+    path.chmod(mode)  # safetensors 0.8 lets nobody but its writer read what it wrote, whatever the umask
     flush_file(path)
 
 

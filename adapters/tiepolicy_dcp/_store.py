@@ -23,8 +23,8 @@ from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
 logger = logging.getLogger("tiepolicy_dcp")
 
-#: How often a reader begins again because a writer deleted what was being read.
-_NUM_TRIES = 10
+#: How often a reader begins again because a writer published and deleted within the time of one load.
+_NUM_TRIES = 100
 
 
 class CheckpointStore:

@@ -68,19 +68,24 @@ class Training:
 
 def latest(root, reference="LATEST"):
     """The step that a checkpoint holds, after everything in it was found to be that step's, bit for bit."""
-    store = CheckpointStore(root)
-    found = Training(-1 & 0xFFFF)
-    restored = store.load(reference, model=found.model, optimizer=found.optimizer)
+    folder = CheckpointStore(root).resolve(reference)
+    step = read(root, reference)
+    assert f"step_{step}" == folder.name
+    if (folder / "model.safetensors").exists():
+        (tensor,) = load_file(folder / "model.safetensors").values()
+        assert torch.equal(Training(step).model.lm_head.weight, tensor)
+    return step
+
+
+def read(root, reference):
+    """The same of what a store loads, while another process may write there."""
+    found = Training(1 << 20)
+    restored = CheckpointStore(root).load(reference, model=found.model, optimizer=found.optimizer)
     found.extra = dict(restored.extra)
     expected = Training(restored.extra["step"]).tensors()
-    assert f"step_{restored.extra['step']}" == store.resolve(reference).name
     assert dict.fromkeys(expected, True) == {
         name: torch.equal(expected[name], tensor) for name, tensor in found.tensors().items()
     }
-    consolidated = store.resolve(reference) / "model.safetensors"
-    if consolidated.exists():
-        (tensor,) = load_file(consolidated).values()
-        assert torch.equal(expected["lm_head.weight"], tensor)
     return restored.extra["step"]
 
 
