@@ -1,4 +1,4 @@
-"""Step 49: the command line."""
+"""Step 50: the command line."""
 
 import difflib
 import itertools
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, get_origin, get_type_hints
 
 import torch
-from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from eagle3.config import RunConfig
@@ -20,7 +19,8 @@ from eagle3.estimate import EstimateConfig, print_estimate
 from eagle3.evaluate import EvaluateConfig, run_evaluate
 from eagle3.export import ExportConfig, run_export
 from eagle3.inputs import write_cache, write_vocab
-from eagle3.options import add_settings, read_settings
+from eagle3.manual import help_parser
+from eagle3.options import read_settings
 from eagle3.parallel import Ranks, joined
 from eagle3.progress import StderrHandler
 from eagle3.report import ReportConfig, run_report
@@ -135,15 +135,18 @@ COMMANDS = {
     ),
     "train": Command(help="Train a draft, or go on with a run. Works under torchrun.", settings=RunConfig, run=_train),
     "evaluate": Command(
-        help="RUN: decode with a draft and measure what it brings.",
+        help="Decode with the draft of a run and measure what it brings.",
         settings=EvaluateConfig,
         run=_evaluate,
         unnamed="run",
     ),
     "export": Command(
-        help="RUN: write the folder that serving engines load.", settings=ExportConfig, run=_export, unnamed="run"
+        help="Write the draft of a run for serving engines.",
+        settings=ExportConfig,
+        run=_export,
+        unnamed="run",
     ),
-    "report": Command(help="RUN [RUN ...]: draw what runs measured.", settings=ReportConfig, run=_draw, unnamed="runs"),
+    "report": Command(help="Draw what one or several runs measured.", settings=ReportConfig, run=_draw, unnamed="runs"),
 }
 
 
@@ -158,21 +161,8 @@ def _choose(arguments: Sequence[str]) -> Command:
         (close,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"{name} is not a command; did you mean {close}? There are {', '.join(COMMANDS)}.")
     if name not in COMMANDS or {"-h", "--help"} & set(arguments):
-        command_parser().parse_args(arguments)
+        help_parser(COMMANDS).parse_args(arguments)
     return COMMANDS[name]
-
-
-def command_parser() -> ArgumentParser:
-    """What knows all commands with their settings, and prints their help."""
-    parser = ArgumentParser(
-        prog="eagle3", allow_abbrev=False, description="Trains EAGLE-3 drafts of transformers models."
-    )
-    subcommands = parser.add_subcommands(dest="command")
-    for name, command in COMMANDS.items():
-        own = ArgumentParser(allow_abbrev=False, description=command.help)
-        add_settings(own, command.settings)
-        subcommands.add_subcommand(name, own, help=command.help)
-    return parser
 
 
 def _log_to_stderr(ranks: Ranks) -> None:

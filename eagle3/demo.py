@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 import tiepolicy
@@ -18,6 +17,7 @@ from eagle3.errors import ConfigError, Eagle3Error
 from eagle3.evaluate import EvaluateConfig, Evaluation, evaluate, write_evaluation
 from eagle3.export import Format, export
 from eagle3.finished import TrainedDraft, open_run
+from eagle3.progress import tables
 from eagle3.report import read_runs, write_report
 
 logger = logging.getLogger("eagle3")
@@ -73,7 +73,7 @@ def run_demo(config: DemoConfig) -> None:
         run=out / "run",
         exports={"plain": out / "export", "speculators": out / "export-speculators"},
     )
-    console, started = Console(), time.monotonic()
+    console, started = tables(), time.monotonic()
     console.print(f"Teaching a small target on {NUM_CONVERSATIONS} conversations (about a minute) ...")
     _make_world(paths, seed=config.seed)
     settings = _settings(paths, seed=config.seed)

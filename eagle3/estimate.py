@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from eagle3.cache import bytes_per_token
@@ -17,6 +16,7 @@ from eagle3.draft import Draft, draft_config
 from eagle3.errors import ConfigError
 from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data
+from eagle3.progress import tables
 from eagle3.sizes import ASSUMED, Supervision
 from eagle3.speed import ATTENTION, DEVICES, PRODUCTS, DeviceName
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
@@ -24,7 +24,6 @@ from tiepolicy import format_bytes
 
 # Of English text; other languages and code have fewer.
 _BYTES_PER_TOKEN = 4.0
-_CONSOLE_WIDTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,14 +156,14 @@ def print_estimate(config: EstimateConfig) -> None:
         Eagle3Error: As for `estimate`.
     """
     result = estimate(config, num_processes=config.processes, device=config.device)
-    console = Console(width=_CONSOLE_WIDTH)
+    console = tables()
     if config.json:
         given = {"processes": config.processes, "device": DEVICES[config.device].name}
         assumes = list(_assumptions(config, result))
         entry = {**asdict(result), "memory_total": sum(result.memory.values()), **given, "assumes": assumes}
         console.print_json(json.dumps(entry))
         return
-    table = Table(title=f"eagle3 estimate: {config.target.model}", show_header=False, width=_CONSOLE_WIDTH)
+    table = Table(title=f"eagle3 estimate: {config.target.model}", show_header=False, width=min(console.width, 100))
     table.add_column(ratio=1, overflow="fold")
     table.add_column(ratio=2, overflow="fold")
     for section in _sections(config, result):

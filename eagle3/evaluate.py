@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig
 
@@ -18,6 +17,7 @@ from eagle3.draft import Draft
 from eagle3.errors import ConfigError, DataError
 from eagle3.finished import TrainedDraft, open_run
 from eagle3.loss import StepCounts
+from eagle3.progress import tables, watched
 from eagle3.speculate import Greedy, Limits, Rule, Sampled, Written, random_choice, write_with_draft
 from eagle3.target import FrozenTarget
 from eagle3.unroll import TrainingTimeTest
@@ -127,7 +127,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
     """
     evaluation = evaluate(open_run(config.run, checkpoint=config.checkpoint, target=config.target), config)
     write_evaluation(Path(config.run), evaluation)
-    Console().print(table_of(evaluation))
+    tables().print(table_of(evaluation))
 
 
 def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
@@ -147,12 +147,12 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
     num_drafted = config.num_drafted or trained.config.unroll.steps
     limits = Limits(num_drafted=num_drafted, max_new_tokens=config.max_new_tokens, stop_ids=_stop_ids(target))
     writers = _Writers(target, draft, limits, config)
-    greedy_alone = _timed(writers.alone_greedy, prompts)
-    greedy = _timed(writers.greedy, prompts)
+    greedy_alone = _timed(writers.alone_greedy, prompts, "greedy answers of the target")
+    greedy = _timed(writers.greedy, prompts, "greedy answers with the draft")
     with torch.random.fork_rng(devices=[]):  # `generate` takes no generator
         torch.manual_seed(config.seed)
-        sampled_alone = _timed(writers.alone_sampled, prompts)
-    sampled = _timed(writers.sampled, prompts)
+        sampled_alone = _timed(writers.alone_sampled, prompts, "sampled answers of the target")
+    sampled = _timed(writers.sampled, prompts, "sampled answers with the draft")
     own = [list(ids) for ids in greedy_alone.results]
     counts = _simulate(target, draft, prompts, own, num_steps=num_drafted)
     different = [n for n, ids in enumerate(own) if tuple(ids) != greedy.results[n].ids]
@@ -251,11 +251,11 @@ class _Writers:
         return answer
 
 
-def _timed(write: Callable[[Sequence[int]], Any], prompts: list[list[int]]) -> _Timed:
+def _timed(write: Callable[[Sequence[int]], Any], prompts: list[list[int]], description: str) -> _Timed:
     write(prompts[0])  # so that nobody pays alone for what is set up once
     _wait_for_device()
     start = time.perf_counter()
-    results = [write(prompt) for prompt in prompts]
+    results = [write(prompt) for prompt in watched(prompts, description, total=len(prompts))]
     _wait_for_device()
     return _Timed(results, time.perf_counter() - start)
 

@@ -70,7 +70,8 @@ def run_export(config: ExportConfig) -> None:
             f"--checkpoint.restore_from LATEST, or export it as it is with --checkpoint {trained.checkpoint.name}."
         )
     export(trained, Path(config.out), kind=config.format)
-    Console().print(f"Exported {trained.checkpoint} to {config.out} ({config.format}); read back with equal logits.")
+    done = f"Exported {trained.checkpoint} to {config.out} ({config.format}); read back with equal logits."
+    Console(soft_wrap=True).print(done, markup=False, highlight=False)
 
 
 def export(trained: TrainedDraft, out: Path, *, kind: Format) -> None:

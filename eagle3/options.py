@@ -5,11 +5,13 @@ import difflib
 import re
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]  # it has no annotations, and safe_load is all we take
+from docstring_parser import parse
 from jsonargparse import ArgumentError, ArgumentParser
 
 from eagle3.errors import ConfigError
@@ -35,10 +37,23 @@ _OTHER_NAMES = {
 }
 
 
-def add_settings(parser: ArgumentParser, settings: type) -> None:
-    """Give a parser the options of a tree of settings, and `--config` for a YAML file with any of them."""
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    parser.add_class_arguments(settings, as_group=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A setting as the docstring of its section describes it.
+
+    Attributes:
+        name: Dotted.
+        kind: Its type.
+        default: JSON-ready; None also where it is required.
+        is_required: Whether it has no default.
+        meaning: At least one sentence.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    is_required: bool
+    meaning: str
 
 
 def read_settings(settings: type[Settings], arguments: Sequence[str]) -> Settings:
@@ -55,7 +70,8 @@ def read_settings(settings: type[Settings], arguments: Sequence[str]) -> Setting
         ConfigError: A setting is unknown, missing, mistyped or out of range, or a file cannot be read.
     """
     parser = ArgumentParser(allow_abbrev=False, exit_on_error=False)
-    add_settings(parser, settings)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(settings, as_group=False)
     types_of = dict(_leaves(settings))
     arguments = _with_shipped_configs(_with_switches(arguments, types_of))
     _refuse_unknown(arguments, list(types_of))
@@ -70,6 +86,40 @@ def read_settings(settings: type[Settings], arguments: Sequence[str]) -> Setting
 def shipped_configs() -> list[str]:
     """The names of the YAML files that come with the package; `--config` takes them where no such file exists."""
     return sorted(file.name for file in resources.files("eagle3").joinpath("configs").iterdir())
+
+
+def described_sections(settings: type) -> Iterator[tuple[str, list[Setting]]]:
+    """The settings of a tree as their docstrings describe them, section by section.
+
+    Yields:
+        The sentence of a section and its settings. The first has no sentence: the settings outside of sections.
+    """
+    hints, sections = get_type_hints(settings), {}
+    top: list[Setting] = []
+    for field in dataclasses.fields(settings):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            sections[field.name] = kind
+        else:
+            top.append(_described(field, settings, ""))
+    yield "", top
+    for name, section in sections.items():
+        own = [_described(field, section, f"{name}.") for field in dataclasses.fields(section)]
+        yield parse(section.__doc__ or "").short_description or name, own
+
+
+def _described(field: "dataclasses.Field[Any]", section: Any, prefix: str) -> Setting:
+    docs = [parse(kind.__doc__ or "").params for kind in reversed(section.__mro__)]
+    meanings = {param.arg_name: param.description for params in docs for param in params}
+    is_required = field.default is field.default_factory is dataclasses.MISSING
+    default = None if field.default is dataclasses.MISSING else field.default
+    return Setting(
+        name=f"{prefix}{field.name}",
+        kind=get_type_hints(section)[field.name],
+        default=default,
+        is_required=is_required,
+        meaning=" ".join((meanings[field.name] or "").split()),
+    )
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

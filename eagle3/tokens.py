@@ -129,6 +129,7 @@ def load_tokens(
         if kept is not None:
             logger.info("Tokens of %s are read from %s", path, cache.folder / name)
             return _from_tensors(*kept)
+        logger.info("Tokenizing %s", path)
         data = encode(load_conversations(path), tokenizer, max_length=max_length)
         cache.write(name, *_to_tensors(data))
     return data

@@ -32,7 +32,7 @@ FLOW = {
     "eagle3": """errors files config options conversations packing features tokens data vocab description target cache
         capture stopping parallel inputs teacher draft attention loss unroll flat pairs mlp head tape fused graphs
         optimizer metrics progress checkpoint step fused_scorer trainer embedded speculate finished evaluate reread
-        export report demo sizes speed memory forecast estimate cli __main__ __init__""",
+        export report demo sizes speed memory forecast estimate manual cli __main__ __init__""",
 }
 
 

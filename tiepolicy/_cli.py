@@ -1,9 +1,11 @@
 """Step 34, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from tiepolicy import _inspect
@@ -114,6 +116,24 @@ def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    option, text = "--print-completion", "print a completion script for this shell"
+    try:
+        # Brought by the extra `completion`; the core does without.
+        add = vars(importlib.import_module("shtab"))["add_argument_to"]
+    except ImportError:
+        parser.add_argument(option, action=_NoCompletion, metavar="SHELL", help=text)
+    else:
+        add(parser, [option], help=text)
+
+
+class _NoCompletion(argparse.Action):
+    """Says what a completion script needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_values: object) -> None:
+        parser.error(f"{self.option_strings[0]} needs shtab: pip install 'tiepolicy[completion]'")
+
+
 def command_parser() -> argparse.ArgumentParser:
     """What knows all commands with their options, and prints their help."""
     parser = argparse.ArgumentParser(
@@ -122,6 +142,10 @@ def command_parser() -> argparse.ArgumentParser:
         "holds.",
         epilog=_EPILOG,
     )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {version('tiepolicy')}", help="show the version"
+    )
+    _add_completion(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:

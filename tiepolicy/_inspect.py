@@ -1,6 +1,7 @@
 """Step 33, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
 
 import json
+import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +18,10 @@ from tiepolicy._table import columns, count, format_bytes
 from tiepolicy._table import printable as printable
 from tiepolicy.errors import TiePolicyError
 
-#: Columns of a terminal that every line fits, if no single word is longer.
+#: Columns that every line fits where nothing is said about the terminal, if no single word is longer.
 WIDTH = 100
+#: Columns below which tables are not made narrower.
+_MIN_WIDTH = 60
 
 _NO_MANIFEST = "no manifest: nothing says which names are one tensor"
 
@@ -229,7 +232,7 @@ def sentence(text: str, *, indent: str = "") -> str:
     """A sentence in lines that fit; what follows the first is set in further."""
     return textwrap.fill(
         printable(text),
-        WIDTH,
+        min(_width(), WIDTH),
         initial_indent=indent,
         subsequent_indent=f"{indent}  ",
         break_long_words=False,
@@ -239,7 +242,12 @@ def sentence(text: str, *, indent: str = "") -> str:
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     cells = [tuple(printable(cell) for cell in row) for row in rows]
-    return columns(cells, width=WIDTH)
+    return columns(cells, width=_width())
+
+
+def _width() -> int:
+    """Columns of the terminal, or what the variable COLUMNS says."""
+    return max(_MIN_WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
 
 
 def _indented(sentences: Iterable[str]) -> list[str]:

@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import eagle3.cli
 import tiepolicy._cli
+from eagle3.cli import COMMANDS
+from eagle3.manual import help_parser
 
 COLUMNS = "80"
 
@@ -17,7 +18,7 @@ def commands(program: str) -> str:
     Args:
         program: `tiepolicy` or `eagle3`.
     """
-    parser = {"tiepolicy": tiepolicy._cli.command_parser, "eagle3": eagle3.cli.command_parser}[program]()  # noqa: SLF001
+    parser = {"tiepolicy": tiepolicy._cli.command_parser, "eagle3": lambda: help_parser(COMMANDS)}[program]()  # noqa: SLF001
     with _columns():
         parts = [_block(parser.format_help())]
         for name, own in subparsers(parser).items():

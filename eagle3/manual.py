@@ -1,0 +1,101 @@
+"""Step 49: the help of the command line: every setting with its meaning and default, as a parser of plain argparse.
+
+It prints `--help` and completion scripts. Settings are read by `options`, which knows YAML files and nested types.
+"""
+
+import argparse
+import json
+import types
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Literal, Protocol, get_args, get_origin
+
+import shtab
+
+from eagle3.options import Setting, described_sections
+
+_EPILOG = "exit codes: 0 fine, 2 wrong input, which is then said in one sentence"
+
+
+class Documented(Protocol):
+    """What the help says about a command."""
+
+    @property
+    def help(self) -> str:
+        """One sentence."""
+        ...
+
+    @property
+    def settings(self) -> type:
+        """The dataclass that it reads."""
+        ...
+
+    @property
+    def unnamed(self) -> str | None:
+        """The setting that is given without its name, in front of the options."""
+        ...
+
+
+def help_parser(commands: Mapping[str, Documented]) -> argparse.ArgumentParser:
+    """A parser that knows all commands and settings, to print help, the version and completion scripts.
+
+    Args:
+        commands: By name, in the order to show them in.
+    """
+    parser = argparse.ArgumentParser(
+        prog="eagle3",
+        description="Trains EAGLE-3 drafts of transformers models.",
+        epilog=f"eagle3 COMMAND --help lists the settings of a command. {_EPILOG}",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"eagle3 {version('tiepolicy')}", help="show the version"
+    )
+    shtab.add_argument_to(parser, ["--print-completion"], help="print a completion script for this shell")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in commands.items():
+        _add_command(subparsers.add_parser(name, help=command.help, description=command.help, epilog=_EPILOG), command)
+    return parser
+
+
+def _add_command(parser: argparse.ArgumentParser, command: Documented) -> None:
+    sections = list(described_sections(command.settings))
+    usage = [parser.prog]
+    for setting in (setting for _, settings in sections for setting in settings if setting.name == command.unnamed):
+        takes_all = get_origin(setting.kind) is list
+        shown = setting.name.removesuffix("s").upper()
+        usage.append(f"{shown} [{shown} ...]" if takes_all else shown)
+        nargs = "+" if takes_all else None
+        _complete_files(parser.add_argument(setting.name, metavar=shown, nargs=nargs, help=_say(setting)))
+    _complete_files(parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below"))
+    for summary, settings in sections:
+        group = parser.add_argument_group(summary.removesuffix(".")) if summary else parser
+        for setting in settings:
+            if setting.name != command.unnamed:
+                _add_setting(group, setting)
+    parser.usage = f"{' '.join(usage)} [--config FILE] [--SETTING VALUE ...]"
+
+
+def _add_setting(group: argparse._ActionsContainer, setting: Setting) -> None:
+    """A setting with what may stand behind it, in as few letters as make it plain."""
+    option, meaning = f"--{setting.name}", _say(setting)
+    parts = get_args(setting.kind) if isinstance(setting.kind, types.UnionType) else (setting.kind,)
+    kind = next(part for part in parts if part is not types.NoneType)
+    if kind is bool:
+        group.add_argument(option, nargs="?", choices=["true", "false"], help=meaning)
+    elif get_origin(kind) is Literal:
+        group.add_argument(option, choices=get_args(kind), help=meaning)
+    elif kind is str:
+        _complete_files(group.add_argument(option, metavar="TEXT", help=meaning))
+    else:
+        group.add_argument(option, metavar={int: "N", float: "X"}.get(kind, "LIST"), help=meaning)
+
+
+def _say(setting: Setting) -> str:
+    """What a setting means, and what it is if nobody sets it."""
+    shown = "required" if setting.is_required else f"default: {json.dumps(setting.default).strip(chr(34))}"
+    return f"{setting.meaning} ({shown})".replace("%", "%%")
+
+
+def _complete_files(action: argparse.Action) -> None:
+    action.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
