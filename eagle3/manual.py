@@ -69,7 +69,7 @@ def _add_command(parser: argparse.ArgumentParser, command: Documented) -> None:
         _complete_files(parser.add_argument(setting.name, metavar=shown, nargs=nargs, help=_say(setting)))
     _complete_files(parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below"))
     for summary, settings in sections:
-        group = parser.add_argument_group(summary.removesuffix(".")) if summary else parser
+        group = parser.add_argument_group(settings[0].name.split(".")[0], summary) if summary else parser
         for setting in settings:
             if setting.name != command.unnamed:
                 _add_setting(group, setting)

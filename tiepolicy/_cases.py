@@ -1,4 +1,4 @@
-"""Step 36, cases: small models in which names are tied in every way, or are not, as Hypothesis strategies."""
+"""Step 37, cases: small models in which names are tied in every way, or are not, as Hypothesis strategies."""
 
 from collections.abc import Mapping, Sequence
 

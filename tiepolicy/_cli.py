@@ -1,4 +1,4 @@
-"""Step 34, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 35, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ from pathlib import Path
 from tiepolicy import _inspect
 from tiepolicy._contents import read_contents
 from tiepolicy._diff import diff, diff_values
+from tiepolicy._meter import Meter
 from tiepolicy._plugins import installed_plugins
 from tiepolicy._verify import find_problems
 from tiepolicy.errors import TiePolicyError
@@ -66,8 +67,12 @@ def _inspect_command(options: argparse.Namespace) -> int:
 
 
 def _diff_command(options: argparse.Namespace) -> int:
-    compare = diff_values if options.values else diff
-    comparison = compare(read_contents(options.a), read_contents(options.b))
+    a, b = read_contents(options.a), read_contents(options.b)
+    if options.values:
+        with Meter("compared", total=a.nbytes) as meter:
+            comparison = diff_values(a, b, meter)
+    else:
+        comparison = diff(a, b)
     if options.json:
         _print(_inspect.to_json(_inspect.difference_values(options.a, options.b, comparison)))
     else:
@@ -76,7 +81,8 @@ def _diff_command(options: argparse.Namespace) -> int:
 
 
 def _verify_command(options: argparse.Namespace) -> int:
-    problems = find_problems(options.path, owners=dict(options.owner))
+    with Meter("read") as meter:
+        problems = find_problems(options.path, owners=dict(options.owner), seen=meter)
     if options.json:
         _print(_inspect.to_json(_inspect.problem_values(options.path, problems)))
     else:

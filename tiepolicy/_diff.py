@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tiepolicy._contents import DCP, MODEL_PREFIX, Contents, read_pieces
-from tiepolicy._digests import read_digests
+from tiepolicy._digests import Seen, read_digests
 from tiepolicy.errors import CheckpointError
 
 FILE_DIFFERS = "file differs"
@@ -56,8 +56,13 @@ def diff(a: Contents, b: Contents) -> Comparison:
     )
 
 
-def diff_values(a: Contents, b: Contents) -> Comparison:
+def diff_values(a: Contents, b: Contents, seen: Seen = lambda _: None) -> Comparison:
     """The same, with the values of what has one shape and dtype in both read and compared, a few megabytes at a time.
+
+    Args:
+        a: One.
+        b: The other.
+        seen: Is told of the bytes of `a` that were read.
 
     Raises:
         CheckpointError: If one of them is a DCP folder, or a file cannot be read.
@@ -71,7 +76,7 @@ def diff_values(a: Contents, b: Contents) -> Comparison:
     names = _different_names(a, b)
     other = {difference.name for difference in names if difference.kind != TIED_DIFFERENTLY}
     same = sorted((_names(a) & _names(b)) - other)
-    values = [difference for name in same if (difference := _different_value(name, a, b)) is not None]
+    values = [difference for name in same if (difference := _different_value(name, a, b, seen)) is not None]
     return Comparison(differences=[*names, *values], values=Values.READ)
 
 
@@ -90,7 +95,7 @@ def _different_files(a: Contents, b: Contents) -> list[Difference] | None:
     ]
 
 
-def _different_value(name: str, a: Contents, b: Contents) -> Difference | None:
+def _different_value(name: str, a: Contents, b: Contents, seen: Seen) -> Difference | None:
     position = 0
     for first, second in zip(read_pieces(a, name), read_pieces(b, name), strict=True):
         if first != second:
@@ -98,6 +103,7 @@ def _different_value(name: str, a: Contents, b: Contents) -> Difference | None:
             shown = [f"byte {position + at} is {piece[at]:#04x}" for piece in (first, second)]
             return Difference(name=name, kind="values differ", a=shown[0], b=shown[1])
         position += len(first)
+        seen(len(first))
     return None
 
 

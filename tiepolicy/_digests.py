@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -26,8 +26,15 @@ _CHUNK_BYTES = 1 << 22
 #: Threads that read ahead of the hash, which is faster than one of them.
 _NUM_AHEAD = 3
 
+#: Is told how many bytes were read.
+Seen = Callable[[int], None]
+
 #: What a load checks of each file before reading it: size and digest, size only, or nothing.
 Verify = Literal["full", "size", "off"]
+
+
+def _ignore(_num_bytes: int) -> None:
+    pass
 
 
 class FileRecord(NamedTuple):
@@ -136,10 +143,14 @@ def unrecorded_problems(folder: Path, records: Mapping[str, FileRecord] | None, 
             yield f"{folder / name} is not recorded in {DIGESTS}: it was put there later, or {DIGESTS} was edited"
 
 
-def digest_problems(folder: Path) -> Iterator[str]:
+def digest_problems(folder: Path, seen: Seen = _ignore) -> Iterator[str]:
     """What differs from the record of a folder, as sentences; reads every file that is recorded.
 
     Without `digests.json` there is nothing to hold files against, and nothing is said.
+
+    Args:
+        folder: The checkpoint.
+        seen: Is told of the bytes that were read, a few megabytes at a time.
 
     Raises:
         CheckpointError: If the record is damaged, or its algorithm is not at hand.
@@ -147,19 +158,19 @@ def digest_problems(folder: Path) -> Iterator[str]:
     records = read_digests(folder)
     for name, record in sorted((records or {}).items()):
         try:
-            problem = _problem(folder, name, record, "full")
+            problem = _problem(folder, name, record, "full", seen)
         except CheckpointError as error:
             problem = str(error)
         if problem is not None:
             yield problem
 
 
-def _problem(folder: Path, name: str, record: FileRecord, verify: Verify) -> str | None:
+def _problem(folder: Path, name: str, record: FileRecord, verify: Verify, seen: Seen = _ignore) -> str | None:
     path = member(folder, name, named_by=DIGESTS)
     size = path.stat().st_size
     if size != record.num_bytes:
         return f"{path} has {size} bytes, but {record.num_bytes} were written: it was cut or replaced"
-    if verify == "full" and record.digest and _digest(_chunks_ahead(path)) != record.digest:
+    if verify == "full" and record.digest and _digest(_chunks_ahead(path), seen) != record.digest:
         return f"{path} does not hold what was written: its digest differs, so it was damaged or replaced"
     return None
 
@@ -168,10 +179,11 @@ def _is_record(record: Any, length: int) -> bool:
     return isinstance(record, list) and [int, str] == [type(part) for part in record] and len(record[1]) == length
 
 
-def _digest(chunks: Iterable[bytes]) -> str:
+def _digest(chunks: Iterable[bytes], seen: Seen = _ignore) -> str:
     state = new_digest()
     for chunk in chunks:
         state.update(chunk)
+        seen(len(chunk))
     return state.hexdigest()
 
 

@@ -21,7 +21,7 @@ from tiepolicy._contents import (
     read_plan,
     weight_files,
 )
-from tiepolicy._digests import digest_problems, read_digests, unrecorded_problems
+from tiepolicy._digests import Seen, digest_problems, read_digests, unrecorded_problems
 from tiepolicy._facts import TensorSpec
 from tiepolicy._paths import MANIFEST, METADATA, member, read_json
 from tiepolicy._plan import TiePlan
@@ -42,7 +42,9 @@ _Records = set[tuple[_Offsets | None, str, int, int]]
 _Value = TypeVar("_Value")
 
 
-def find_problems(path: Path, *, owners: Mapping[str, Path] = MappingProxyType({})) -> list[str]:
+def find_problems(
+    path: Path, *, owners: Mapping[str, Path] = MappingProxyType({}), seen: Seen = lambda _: None
+) -> list[str]:
     """What is wrong with a checkpoint, as sentences; empty if nothing is.
 
     Holds headers against sizes of files, the index against the files, the manifest against the contents, every path
@@ -53,10 +55,11 @@ def find_problems(path: Path, *, owners: Mapping[str, Path] = MappingProxyType({
         path: The checkpoint.
         owners: Checkpoints of other models, by the names under which the manifest knows them. What it says belongs to
             one of these is held against it.
+        seen: Is told of the bytes that were read.
     """
     problems: list[str] = []
     if path.is_dir():
-        _collect(problems, lambda: problems.extend(digest_problems(path)))
+        _collect(problems, lambda: problems.extend(digest_problems(path, seen)))
     if not path.is_dir():
         _collect(problems, lambda: read_contents(path))
     elif (path / METADATA).exists():
@@ -64,15 +67,15 @@ def find_problems(path: Path, *, owners: Mapping[str, Path] = MappingProxyType({
     else:
         _collect(problems, lambda: problems.extend(_hf_problems(path)))
     for owner, place in owners.items():
-        _collect(problems, functools.partial(_collect_owned, problems, path, owner, place))
+        _collect(problems, functools.partial(_collect_owned, problems, path, owner, place, seen))
     return list(dict.fromkeys(problems))
 
 
-def _collect_owned(problems: list[str], folder: Path, owner: str, place: Path) -> None:
-    problems.extend(_owner_problems(folder, owner, read_contents(place)))
+def _collect_owned(problems: list[str], folder: Path, owner: str, place: Path, seen: Seen) -> None:
+    problems.extend(_owner_problems(folder, owner, read_contents(place), seen))
 
 
-def _owner_problems(folder: Path, owner: str, held: Contents) -> Iterator[str]:
+def _owner_problems(folder: Path, owner: str, held: Contents, seen: Seen) -> Iterator[str]:
     """Where another model does not hold what the manifest says is its."""
     plan = read_plan(folder) if folder.is_dir() else None
     ties = [tie for tie in (() if plan is None else plan.external) if tie.owner == owner]
@@ -96,6 +99,7 @@ def _owner_problems(folder: Path, owner: str, held: Contents) -> Iterator[str]:
             digest = hashlib.sha256()
             for piece in read_pieces(held, tie.owner_name):
                 digest.update(piece)
+                seen(len(piece))
             if digest.hexdigest() != tie.digest:
                 yield (
                     f"{tie.name} belongs to {tie.source}, but {held.path} holds other values of it: expected SHA-256 "

@@ -1,0 +1,192 @@
+"""Both programs as a person meets them: help, versions, completion, widths, colours, and what is shown meanwhile."""
+
+import argparse
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import eagle3.cli
+import tiepolicy._cli
+from eagle3.manual import help_parser
+from eagle3.progress import watched
+from tiepolicy import _meter
+
+
+def parsers():
+    """The parser of each command of both programs, by what is typed."""
+    found = {}
+    for parser in (tiepolicy._cli.command_parser(), help_parser(eagle3.cli.COMMANDS)):
+        found[parser.prog] = parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= {f"{parser.prog} {name}": own for name, own in action.choices.items()}
+    return found
+
+
+def main_of(program):
+    return {"tiepolicy": tiepolicy._cli.main, "eagle3": eagle3.cli.main}[program]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", parsers())
+def test_help_fits_the_terminal(command, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert [] == [line for line in parsers()[command].format_help().splitlines() if len(line) > columns]
+
+
+@pytest.mark.parametrize("command", parsers())
+def test_everything_that_can_be_given_says_what_it_is(command):
+    actions = parsers()[command]._actions
+    listed = [entry for action in actions for entry in getattr(action, "_choices_actions", [action])]
+    assert [] == [entry.dest for entry in listed if not (entry.help or "").strip()]
+
+
+def test_help_of_a_command_is_what_it_was(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    expected = """\
+usage: eagle3 report RUN [RUN ...] [--config FILE] [--SETTING VALUE ...]
+
+Draw what one or several runs measured.
+
+positional arguments:
+  RUN            Folders of runs, to be compared. (required)
+
+options:
+  -h, --help     show this help message and exit
+  --config FILE  YAML file with any of the settings below
+  --out TEXT     Folder for `report.png` and `report.html`; null for that of
+                 the first run. (default: null)
+
+exit codes: 0 fine, 2 wrong input, which is then said in one sentence
+"""
+    assert expected == parsers()["eagle3 report"].format_help()
+
+
+@pytest.mark.parametrize("program", ["tiepolicy", "eagle3"])
+def test_a_program_knows_its_version(program, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main_of(program)(["--version"])
+    assert (0, f"{program} {version('tiepolicy')}\n") == (caught.value.code, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("program", "typed", "expected"),
+    [
+        ("tiepolicy", ["ver"], {"verify"}),
+        ("tiepolicy", ["diff", "--va"], {"--values"}),
+        ("eagle3", ["est"], {"estimate"}),
+        ("eagle3", ["train", "--train.ep"], {"--train.epochs"}),
+        ("eagle3", ["train", "--target.dtype", "b"], {"bfloat16"}),
+    ],
+)
+def test_bash_completes_what_was_begun(program, typed, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main_of(program)(["--print-completion", "bash"])
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out)
+    ask = f"source {script}; COMP_WORDS=({program} {' '.join(typed)}); COMP_CWORD={len(typed)}; "
+    ask += f'_shtab_{program} {program} {typed[-1]} x; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    result = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert expected == set(result.stdout.split())
+
+
+def test_without_shtab_the_core_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as caught:
+        tiepolicy._cli.main(["--print-completion", "bash"])
+    assert 2 == caught.value.code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "tiepolicy: error: --print-completion needs shtab: pip install 'tiepolicy[completion]'" == last
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("80", 80), ("120", 120), (None, 100)])
+def test_tables_are_as_wide_as_the_terminal(columns, widest, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    save_file({f"a.{'long.' * 40}name": torch.zeros(2)}, tmp_path / "file.safetensors")
+    assert 0 == tiepolicy._cli.main(["inspect", str(tmp_path / "file.safetensors")])
+    table = capsys.readouterr().out.split("\n\n")[1]
+    assert widest == max(map(len, table.splitlines()))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_long_read_shows_how_much_was_read_and_takes_it_away(monkeypatch):
+    monkeypatch.setattr(_meter, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(_meter, "_PAUSE_SECONDS", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with _meter.Meter("read", total=4_000_000) as meter:
+        meter(1_000_000)
+        meter(2_000_000)
+    assert ["", "read: 1 MB of 4 MB", "read: 3 MB of 4 MB", " " * 18, ""] == terminal.getvalue().split("\r")
+
+
+@pytest.mark.parametrize(("stream", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
+def test_a_pipe_and_a_plain_terminal_show_nothing_of_it(stream, term, monkeypatch):
+    monkeypatch.setattr(_meter, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys, "stderr", shown := stream())
+    with _meter.Meter("read") as meter:
+        meter(1)
+    assert "" == shown.getvalue()
+
+
+def test_a_bar_hands_on_what_it_watches_and_is_silent_in_a_pipe(capsys):
+    assert [3, 1, 2] == list(watched([3, 1, 2], "answers", total=3))
+    assert ("", "") == capsys.readouterr()
+
+
+def test_values_of_two_files_are_counted_as_they_are_compared(tmp_path, monkeypatch, capsys):
+    counted = []
+    monkeypatch.setattr(_meter.Meter, "__call__", lambda _, num_bytes: counted.append(num_bytes))
+    for name in ("a", "b"):
+        save_file({"w": torch.zeros(3)}, tmp_path / f"{name}.safetensors")
+    assert 0 == tiepolicy._cli.main(["diff", "--values", *(str(tmp_path / f"{name}.safetensors") for name in "ab")])
+    assert [12] == counted
+
+
+def in_a_terminal(*command, **environment):
+    """What a program writes to a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80", **environment}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        output = b""
+        while True:
+            try:
+                piece = os.read(ours, 1 << 16)
+            except OSError:  # nobody has the other end open any more
+                break
+            output += piece
+    os.close(ours)
+    return process.returncode, output.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1", "TERM": "xterm"}, {"TERM": "dumb"}])
+def test_tables_in_a_terminal_have_no_colours_where_none_are_wanted(environment, tmp_path):
+    from eagle3_targets import make_target, make_world
+
+    tokenizer, conversations = make_world(tmp_path, num_conversations=4)
+    target = make_target(tmp_path / "target", tokenizer, vocab_size=600, tie_word_embeddings=True)
+    given = ["--out", "run", "--target.model", target, "--data.train", conversations, "--draft.vocab_size", "64"]
+    command = [sys.executable, "-m", "eagle3", "estimate", *map(str, given)]
+    code, output = in_a_terminal(*command, **environment)
+    assert (0, True) == (code, "parameters of the draft" in output)
+    styles = [style for styles in re.findall(r"\x1b\[([0-9;]*)m", output) for style in styles.split(";")]
+    # Bold and italic are no colours, but a dumb terminal shows their codes as they are.
+    assert set(styles) <= ({"0", "1", "3"} if environment["TERM"] == "xterm" else set())
+    assert [] == [line for line in output.splitlines() if len(re.sub(r"\x1b\[[0-9;]*m", "", line)) > 80]
