@@ -28,7 +28,7 @@ from eagle3.parallel import Ranks
 from tiepolicy import Owners, TiePlan
 from tiepolicy.errors import DtypeMismatchError, ExternalOwnerError, ShapeMismatchError, TieConflictError
 from tiepolicy_dcp import CheckpointError as StoreError
-from tiepolicy_dcp import CheckpointStore, PendingSave, Restored
+from tiepolicy_dcp import CheckpointStore, LostRankError, PendingSave, Restored
 
 logger = logging.getLogger("eagle3")
 
@@ -194,7 +194,7 @@ class RunCheckpoints:
         try:
             yield
         except (StoreError, OSError) as error:
-            if survived:
+            if survived and not isinstance(error, LostRankError):
                 logger.warning("%s. Training goes on, as checkpoint.on_error is continue", error)
             elif isinstance(error, OSError):
                 raise CheckpointError(f"A checkpoint could not be written to {self.store.root}: {error}.") from error

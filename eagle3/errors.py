@@ -33,5 +33,9 @@ class NumericsError(Eagle3Error):
     """A loss or a state of the target is no finite number."""
 
 
+class LostProcessError(Eagle3Error):
+    """Another process of the run is gone."""
+
+
 class ExportError(Eagle3Error):
     """What was exported is not the draft."""

@@ -219,6 +219,8 @@ def _assumptions(config: EstimateConfig, result: Estimate) -> Iterator[str]:
     device = DEVICES[config.device]
     source = "as measured" if device.is_measured else "as measured on an NVIDIA H200"
     yield f"{PRODUCTS:.0%} of the peak in products and {ATTENTION:.0%} in attention ({source})."
+    if config.train.fp8:
+        yield "Products in FP8 are counted as in bfloat16: less time, and some more memory, is to be expected."
     yield "Memory is what torch allocates at most; CUDA and its libraries take up to 1 GB beside it."
     yield "Left out of the time: data, exchange between devices, validation, checkpoints."
 

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from eagle3.config import ParallelConfig
-from eagle3.errors import ConfigError, Eagle3Error
+from eagle3.errors import ConfigError, Eagle3Error, LostProcessError
 from eagle3.stopping import ends_with_parent
 from tiepolicy_fsdp2 import ShardOptions, fully_shard
 
@@ -182,6 +182,26 @@ def gradients_stay_local(module: nn.Module) -> Iterator[None]:
     finally:
         if switch is not None:
             switch(True)
+
+
+@contextmanager
+def all_present() -> Iterator[None]:
+    """Within the block, a process that finds another one gone says so in one sentence.
+
+    Raises:
+        LostProcessError: If the connection to another process ends, or it does not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL has a class for it; gloo's errors are known by the file of its source that they name.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        cause = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+        raise LostProcessError(
+            f"Another process of this run is gone or cannot be reached ({cause}). Every checkpoint that has a name is "
+            "whole: go on with --checkpoint.restore_from LATEST."
+        ) from error
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from eagle3.loss import Objective
 from eagle3.metrics import METRICS as METRICS
 from eagle3.metrics import Measurement, MetricsLog, Sums
 from eagle3.optimizer import DraftOptimizer, FlatDraftOptimizer
-from eagle3.parallel import Ranks
+from eagle3.parallel import Ranks, all_present
 from eagle3.progress import Display
 from eagle3.step import Scorer, StepResult, Watch, take_step
 from eagle3.stopping import StopRequest, stop_on_signals
@@ -55,6 +55,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     checkpoints = RunCheckpoints(config.out, ranks, config.checkpoint)
     metrics = MetricsLog(config, ranks)
     with ExitStack() as stack:
+        stack.enter_context(all_present())
         stack.enter_context(_only_trainer_of(config.out, ranks))
         if config.checkpoint.restore_from is None:
             checkpoints.require_fresh()

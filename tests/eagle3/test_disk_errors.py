@@ -57,7 +57,7 @@ def small_files():
         logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("in_background", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_goes_on_without_a_checkpoint_if_the_config_says_so(world, tmp_path, caplog, in_background):
     """It takes the same steps as a run on a good disk; the next checkpoint that is due is saved again."""
     train(config_of(world, tmp_path / "good"), ALONE)
@@ -74,7 +74,7 @@ def test_training_goes_on_without_a_checkpoint_if_the_config_says_so(world, tmp_
     assert expected.tolist() == actual.tolist()
 
 
-@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("in_background", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_whatever_the_config_says(world, tmp_path, in_background):
     config = config_of(world, tmp_path, epochs=1, on_error="continue", async_save=in_background)
     limit_files(64 * 1024)

@@ -1,14 +1,18 @@
-"""A run that is resumed with other settings or data: refused where they shaped it, told where they may change."""
+"""A run that is resumed with other settings, data or files: refused where they shaped it, told elsewhere."""
 
 import dataclasses
+import json
 import multiprocessing
 import re
 import shutil
 import time
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from eagle3.checkpoint import read_draft_config
+from eagle3.cli import main
 from eagle3.errors import CheckpointError
 from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of
@@ -38,9 +42,9 @@ REFUSED = [
 ]
 TOLD = [
     ("train", "precision", "bfloat16", "train.precision None -> bfloat16"),
-    ("train", "seed", 3, "train.seed 0 -> 3"),
-    ("unroll", "steps", 2, "unroll.steps 3 -> 2"),
-    ("parallel", "kind", "shard", "parallel.kind data -> shard"),
+    pytest.param("train", "seed", 3, "train.seed 0 -> 3", marks=pytest.mark.slow),
+    pytest.param("unroll", "steps", 2, "unroll.steps 3 -> 2", marks=pytest.mark.slow),
+    pytest.param("parallel", "kind", "shard", "parallel.kind data -> shard", marks=pytest.mark.slow),
 ]
 
 
@@ -119,3 +123,46 @@ def test_two_runs_cannot_train_in_one_folder(world, tmp_path, monkeypatch):
     more = -(-len(logged) // 5)
     train(config_of(world, out, epochs=more, restore_from="LATEST"), ALONE)
     assert 5 * more == metrics_of(out)[-1]["step"]
+
+
+def test_a_checkpoint_of_another_draft_is_one_sentence(world, begun, tmp_path, capfd):
+    """Given by its path, to a run whose draft has another vocabulary."""
+    other = tmp_path / "other"
+    train(config_of(world, other, epochs=1, draft_vocab_size=64), ALONE)
+    before = metrics_of(other)
+    reference = begun / "checkpoints" / "epoch_1_step_2"
+    sentence = error_of("train", "--out", other, *given(world, 64), "--checkpoint.restore_from", reference, capfd=capfd)
+    assert "d2t has shape (96,) in the checkpoint, the model expects (64,)" in sentence
+    assert before == metrics_of(other)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_the_settings_of_another_run_are_one_sentence(world, begun, tmp_path, capfd, command):
+    """Its target has the same vocabulary, and other weights."""
+    out, other = tmp_path / "run", tmp_path / "target"
+    shutil.copytree(begun, out, symlinks=True)
+    shutil.copytree(world[0], other)
+    model = AutoModelForCausalLM.from_pretrained(world[0])
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(other)
+    settings = json.loads((out / "run_config.json").read_text())
+    settings["target"]["model"] = str(other)
+    (out / "run_config.json").write_text(json.dumps(settings))
+    options = ("--out", tmp_path / "export") if command == "export" else ()
+    sentence = error_of(command, out, *options, capfd=capfd)
+    assert f"{other} is not the one that the draft of {out} was trained for" in sentence
+    assert not (tmp_path / "export").exists()
+
+
+def given(world, draft_vocab_size):
+    small = ("--data.max_length", 48, "--unroll.steps", 3, "--draft.vocab_size", draft_vocab_size)
+    return ("--target.model", world[0], "--data.train", world[1], *small)
+
+
+def error_of(*arguments, capfd):
+    """The one sentence of a command that ends with exit code 2."""
+    assert 2 == main([str(argument) for argument in arguments])
+    output = capfd.readouterr().err
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("eagle3: error: ")]
+    return line
