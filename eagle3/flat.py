@@ -84,9 +84,9 @@ class Fp8Weights:
 
     @staticmethod
     def _allocate(weight: Tensor, scale: Tensor) -> Fp8Weight:
-        values = torch.empty_like(weight, dtype=E4M3), torch.empty_like(weight.T, dtype=E4M3).contiguous()
+        forward, backward = (weight.new_empty(shape, dtype=E4M3) for shape in (weight.shape, weight.shape[::-1]))
         return Fp8Weight(
-            forward=Scaled(values_MK=values[0], scale=scale), backward=Scaled(values_MK=values[1], scale=scale)
+            forward=Scaled(values_MK=forward, scale=scale), backward=Scaled(values_MK=backward, scale=scale)
         )
 
     def refresh_(self) -> None:

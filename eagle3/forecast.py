@@ -32,6 +32,7 @@ class Forecast:
         self.num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
         self.is_fused = config.train.step != "autograd" and obstacle(config, draft) is None
         shared_by = {"data": 1, "shard": num_processes, "hybrid": config.parallel.shard_size or num_processes}
+        self._is_fp8 = self.is_fused and config.train.fp8
         self._num_own = -(-self.num_weights // shared_by[config.parallel.kind])
         self._element = 2 if config.target.dtype == "bfloat16" else 4
         self._compute = 4 if config.train.precision == "float32" else 2
@@ -61,6 +62,7 @@ class Forecast:
                 compute=self._compute,
                 accumulates=config.train.accumulate > 1,
             ),
+            **({"weights in FP8, also transposed": 2 * sizes.num_fp8_weights} if self._is_fp8 else {}),
             **batch_bytes(sizes, is_fused=self.is_fused, compute=self._compute, target=self._element),
         }
 
@@ -72,6 +74,7 @@ class Forecast:
             target=self._live_target(),
             is_fused=self.is_fused,
             is_float32=self._compute == 4,
+            is_fp8=self._is_fp8,
             num_batches=self.config.train.accumulate,
         )
 

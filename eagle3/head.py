@@ -111,3 +111,5 @@ class Fp8Head:
         grad = Scaled(values_MK=self._grad_logits_DU, scale=self._grad_scale)
         input_HU = Scaled(values_MK=transposed(self.input_PH), scale=self._fp8.final_scale)
         product(grad, input_HU, dtype=self._grad_DH.dtype, out=self._grad_DH)
+        # The largest of all, and needed no more while the other gradients come.
+        del self._grad_logits_DU

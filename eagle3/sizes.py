@@ -86,6 +86,11 @@ class StepSizes:
         per_hidden = 3 * self.target_hidden + 2 * self.projected + self.queries + 3 * self.intermediate
         return self.hidden * (per_hidden + self.draft_vocab)
 
+    @property
+    def num_fp8_weights(self) -> int:
+        """Elements of the matrices that `train.fp8` is about."""
+        return self.hidden * (3 * self.intermediate + self.draft_vocab)
+
 
 def sizes_of(config: RunConfig, draft: PretrainedConfig, supervision: Supervision, *, row_length: int) -> StepSizes:
     """The sizes of a batch of a run.

@@ -45,6 +45,8 @@ DEVICES: dict[DeviceName, Device] = {
 
 #: Of the peak that each kind of work reaches under the power cap, from docs/performance.md.
 PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER = 0.70, 0.40, 0.55, 0.86
+#: How much faster than those the products of FP8 numbers are, all that makes such numbers counted in; measured.
+FP8 = 1.7
 #: Seconds of a step in which the chip waits: the plan's upload, launches, the end of the step.
 _WAITING = 1.4e-3
 #: How much longer the step under autograd takes, as measured with a target as wide as Llama-3.1-8B.
@@ -110,10 +112,13 @@ def elementwise_bytes(sizes: StepSizes, *, knows_argmax: bool) -> float:
     )
 
 
-def batch_seconds(sizes: StepSizes, device: Device, *, knows_argmax: bool, is_float32: bool) -> float:
+def batch_seconds(
+    sizes: StepSizes, device: Device, *, knows_argmax: bool, is_float32: bool, is_fp8: bool = False
+) -> float:
     """How long forward and backward of one batch take."""
     flops = device.float32_flops if is_float32 else device.flops
-    products = sum(product_flops(sizes, knows_argmax=knows_argmax).values())
+    parts = product_flops(sizes, knows_argmax=knows_argmax)
+    products = sum(parts.values()) - (1 - 1 / FP8) * (parts["MLP"] + parts["head"]) * is_fp8
     moved = elementwise_bytes(sizes, knows_argmax=knows_argmax) * (2 if is_float32 else 1)
     return (
         products / (flops * PRODUCTS)
@@ -141,6 +146,7 @@ def step_seconds(
     target: TargetSizes | None,
     is_fused: bool,
     is_float32: bool = False,
+    is_fp8: bool = False,
     num_batches: int = 1,
 ) -> float:
     """How long an optimizer step takes on one device, its exchange with others left out.
@@ -151,9 +157,10 @@ def step_seconds(
         target: What runs of the target; None if its states come from a cache, which holds its greedy tokens, too.
         is_fused: Whether the fused step runs, else the one under autograd.
         is_float32: Whether the draft computes in float32.
+        is_fp8: Whether its MLP and head compute in FP8.
         num_batches: Of the step.
     """
-    batch = batch_seconds(sizes, device, knows_argmax=target is None, is_float32=is_float32)
+    batch = batch_seconds(sizes, device, knows_argmax=target is None, is_float32=is_float32, is_fp8=is_fp8)
     draft = (num_batches * batch + optimizer_seconds(sizes.num_weights, device) + _WAITING) * (
         1 if is_fused else _AUTOGRAD
     )

@@ -204,12 +204,18 @@ def product(
         return out.zero_()
     scale = a.scale if not a.scale.dim() else _one(b.scale.device)
     if a_MK.is_cuda:
-        torch._scaled_mm(a_MK, b_NK.T, scale, b.scale, out_dtype=dtype, use_fast_accum=True, out=out)  # noqa: SLF001
+        library_product(a_MK, b_NK, scale, b.scale, out=out)
     else:
         precise = torch.promote_types(torch.float32, dtype)
         torch.mul(a_MK.to(precise) @ b_NK.to(precise).T, scale * b.scale, out=out)
     # Powers of two round nothing here, and are themselves whole in any of these types.
     return out.mul_(a.scale.to(dtype)) if a.scale.dim() and with_row_scale else out
+
+
+def library_product(a_MK: Tensor, b_NK: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: Tensor) -> None:
+    """Writes a @ b.T times two scalars to `out`; the one place that needs torch's private name."""
+    # The public function, torch.nn.functional.scaled_mm, has no `out`.
+    torch._scaled_mm(a_MK, b_NK.T, scale_a, scale_b, out_dtype=out.dtype, use_fast_accum=True, out=out)  # noqa: SLF001
 
 
 def weight_gradient(a: Scaled, b: Scaled, *, out_NK: Tensor) -> None:

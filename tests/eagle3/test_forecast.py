@@ -16,15 +16,17 @@ from eagle3.speed import DEVICES, TargetSizes, step_seconds
 from eagle3.tokens import EncodedData, Example
 from eagle3.unroll import plan_rows
 
-MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "eagle3.json").read_text())
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+MEASURED, MEASURED_FP8 = (json.loads((RESULTS / name).read_text()) for name in ("eagle3.json", "eagle3_fp8.json"))
 #: The models of benchmarks/bench_eagle3.py: config of the target, draft vocabulary.
 MODELS = {
     "W8B": ({"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128}, 32000),
     "W1B": ({"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}, 8192),
 }
 #: What was measured there of our own step; the rest are other programs.
-KINDS = ("ours", "known argmax", "deterministic", "autograd")
-LINES = [line for line in MEASURED["results"] if line["kind"] in KINDS and line["work"]["model"] in MODELS]
+KINDS = ("ours", "known argmax", "deterministic", "fp8", "autograd")
+MEASURED_LINES = [*MEASURED["results"], *(line for line in MEASURED_FP8["results"] if line["kind"] == "fp8")]
+LINES = [line for line in MEASURED_LINES if line["kind"] in KINDS and line["work"]["model"] in MODELS]
 TOLERANCE = 0.15
 
 
@@ -46,7 +48,11 @@ def setting_of(line):
         data=DataConfig(train="unused", max_length=work["tokens"], packing=work.get("mean_document") is not None),
         draft=DraftConfig(vocab_size=draft_vocab),
         unroll=UnrollConfig(steps=work["steps"]),
-        train=TrainConfig(batch_size=work["sequences"], step="autograd" if line["kind"] == "autograd" else None),
+        train=TrainConfig(
+            batch_size=work["sequences"],
+            step="autograd" if line["kind"] == "autograd" else None,
+            fp8=line["kind"] == "fp8",
+        ),
     )
     with torch.device("meta"):
         draft = Draft(draft_config(target_config, draft_vocab_size=draft_vocab, options=config.draft))
@@ -68,7 +74,7 @@ def seconds_of(line):
     # The whole head runs, but no layer before it.
     none = TargetSizes(num_weights=0, num_layers=0, queries=0, is_float32=False)
     sizes = sizes_of(config, draft.config, supervision, row_length=config.data.max_length)
-    return step_seconds(sizes, DEVICES["h200"], target=none, is_fused=forecast.is_fused)
+    return step_seconds(sizes, DEVICES["h200"], target=none, is_fused=forecast.is_fused, is_fp8=config.train.fp8)
 
 
 def is_graphed(line):

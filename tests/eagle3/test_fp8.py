@@ -16,6 +16,7 @@ from eagle3.kernels.fp8 import (
     E5M2,
     Scaled,
     factor_of,
+    library_product,
     product,
     quantise_rows,
     quantise_weight,
@@ -156,6 +157,17 @@ def test_products_are_those_of_the_numbers_that_were_kept(device, uniform):
     if not uniform:
         alone = product(a, b, dtype=dtype, with_row_scale=False)
         assert torch.equal(actual, (alone * a.scale.to(dtype)).cpu())
+
+
+def test_the_private_product_of_torch_takes_what_it_is_given_on_a_gpu():
+    """Torch has it on the CPU, too, and there nobody calls it but this test."""
+    scales = torch.tensor(0.25), torch.tensor(2.0)
+    a, b = (
+        Scaled(values_MK=quantised(normal(96, 512, seed=i)).values_MK, scale=scale) for i, scale in enumerate(scales)
+    )
+    out = torch.empty(96, 96, dtype=torch.bfloat16)
+    library_product(a.values_MK, b.values_MK, *scales, out=out)
+    torch.testing.assert_close(product(a, b, dtype=torch.bfloat16), out)
 
 
 @pytest.mark.parametrize("device", DEVICES)
