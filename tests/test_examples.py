@@ -32,10 +32,8 @@ def run(script, folder):
     return result.stdout
 
 
-# One of them in the default suite: it needs nothing but torch, and is the first that people read.
-@pytest.mark.parametrize(
-    "name", [name if name == "dcp_loop" else pytest.param(name, marks=pytest.mark.slow) for name in SECTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SECTIONS)
 def test_an_example_prints_what_its_page_shows(name, tmp_path):
     _, command, expected = SECTIONS[name]
     script = EXAMPLES / f"{name}.py"
