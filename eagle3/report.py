@@ -153,7 +153,7 @@ def _draw(runs: Sequence[RunRecord], path: Path) -> None:
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[1]:
+        if len(ax.get_legend_handles_labels()[1]) > 1:
             ax.legend(frameon=False, fontsize=8)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figure.suptitle(f"EAGLE-3 draft: {title}", fontsize=13, fontweight="bold")
@@ -162,6 +162,11 @@ def _draw(runs: Sequence[RunRecord], path: Path) -> None:
 
 def _color(index: int) -> str:
     return _COLORS[index % len(_COLORS)]
+
+
+def _as_share(ax: Any) -> None:
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter("{x:.0%}")
 
 
 def _series(entries: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -190,11 +195,13 @@ def _draw_accept_length(ax: Any, runs: Sequence[RunRecord]) -> None:
             real = run.evaluation["greedy"]["accept_length"]
             ax.plot(run.train[-1]["step"], real, marker="*", markersize=12, linestyle="", color=_color(index))
             ax.annotate(
-                f"{real:.2f} real",
+                f"{real:.2f} when decoding",
                 (run.train[-1]["step"], real),
-                xytext=(-8, 0),
+                xytext=(-8, -9),
                 textcoords="offset points",
                 ha="right",
+                va="top",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
     ax.set_ylim(bottom=0)
     ax.set_title(f"Accept length, of {max(run.config.unroll.steps for run in runs)}")
@@ -210,7 +217,7 @@ def _draw_depths_over_steps(ax: Any, runs: Sequence[RunRecord]) -> None:
         shares = [entry["accepted"][depth] for entry in run.train]
         color = colormaps["viridis"](0.9 * depth / max(1, num_depths - 1))
         ax.plot([entry["step"] for entry in run.train], shares, color=color, linewidth=1.2, label=f"first {depth + 1}")
-    ax.set_ylim(0, 1)
+    _as_share(ax)
     ax.set_xlabel("step")
     ax.set_title("Share of chains that stand" + (f", {run.name}" if len(runs) > 1 else ""))
 
@@ -243,7 +250,7 @@ def _draw_acceptance_by_depth(ax: Any, runs: Sequence[RunRecord]) -> None:
         xs = [depth + 1 - 0.4 + width * (place + 0.5) for depth in range(len(shares))]
         alpha = 0.9 if not hatch else 0.55
         ax.bar(xs, shares, width=0.92 * width, color=color, alpha=alpha, hatch=hatch, edgecolor="white", label=label)
-    ax.set_ylim(0, 1)
+    _as_share(ax)
     ax.set_xticks(range(1, 1 + max(len(shares) for _, shares, _, _ in groups)))
     ax.set_xlabel("depth")
     ax.set_title("Share of chains that stand up to a depth")
