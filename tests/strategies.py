@@ -1,5 +1,7 @@
 """Hypothesis strategies for the tests: those that plugin authors get, and a few that only these tests need."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -16,7 +18,9 @@ from tiepolicy.testing import vocab_sizes as vocab_sizes
 __all__ = [
     "ALL_DTYPES",
     "FIELD_VOCAB_SIZES",
+    "Damage",
     "blocked_modules",
+    "damages",
     "dtypes",
     "flagged_pairs",
     "memory_dicts",
@@ -61,6 +65,21 @@ def _readings(row: torch.Tensor) -> list[torch.Tensor]:
     table = row[: row.numel() // 2 * 2].view(2, -1)
     views = [table, table.t(), row[::2], row[1:], row[2:2], row[:1].expand(3), table[:, :1], table[:, 0].unsqueeze(1)]
     return [row, row, row.detach(), row.conj(), *views]
+
+
+class Damage(NamedTuple):
+    """What happens to a file of a checkpoint; the numbers are taken modulo what there is."""
+
+    way: str
+    file: int
+    place: int
+    bit: int
+
+
+def damages() -> st.SearchStrategy[Damage]:
+    """Every way in which a disk, a copy or a careless hand spoils one file, or exchanges it for another."""
+    ways = st.sampled_from(["flip", "cut", "append", "delete", "older", "swap"])
+    return st.builds(Damage, ways, st.integers(0, 99), st.integers(0, 2**20), st.integers(0, 7))
 
 
 @st.composite

@@ -24,7 +24,7 @@ FLOW = {
         _values _conflict _external _retie _table _picture _paths _manifest _plan hookspecs _rules _trace _policy
         _reconcile _safetensors _pickles _unpickling _contents _digests _verify _diff _plugins _inspect _meter _cli
         __main__ __init__ _cases _laws testing""",
-    "tiepolicy_hf": "_declared _plugin _flags _folder _save _load _trainer __init__",
+    "tiepolicy_hf": "_declared _plugin _flags _folder _trust _save _load _trainer __init__",
     "tiepolicy_dcp": """errors _ranks _folder _devices _frames _pieces _files _archives _reader _writer
         _state _extra _retention _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker
         _async _store __init__""",

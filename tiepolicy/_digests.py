@@ -64,7 +64,7 @@ def new_digest() -> Digest:
     try:
         digest: Digest = vars(importlib.import_module("xxhash"))[_ALGORITHM]()
     except ImportError as error:
-        raise CheckpointError("digests of files need xxhash: pip install 'tiepolicy[dcp]'") from error
+        raise CheckpointError("digests of files need xxhash: pip install xxhash") from error
     return digest
 
 

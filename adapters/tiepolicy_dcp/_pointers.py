@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from tiepolicy_dcp._folder import flush_folder, temporary, write_text
+from tiepolicy_dcp.errors import CheckpointError
 
 #: Name that always means the newest whole checkpoint; a file in the root that holds the checkpoint's name.
 LATEST: Final = "LATEST"
@@ -27,12 +28,21 @@ _NUM_TRIES = 10
 
 
 def read_pointer(root: Path, pointer: Pointer) -> str | None:
-    """The name that a pointer holds; None if there is no such pointer."""
+    """The name that a pointer holds; None if there is no such pointer.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
     for _ in range(_NUM_TRIES):  # a writer may remove the old target between the steps of following the links
+        path = root / pointer
         try:
-            return (root / pointer).read_text(encoding="utf-8").strip()
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path} is no file, and nothing was read of it. Name the checkpoint instead")
+            return path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             continue
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}. Name the checkpoint instead") from error
     return None
 
 

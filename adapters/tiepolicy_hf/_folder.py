@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiepolicy import MANIFEST_KEY, member, read_header, read_json
+from tiepolicy import DIGESTS, MANIFEST_KEY, member, read_header, read_json
 from tiepolicy.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -21,7 +21,8 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 # What one save writes, and the next one replaces; all else in a folder belongs to others and stays.
 _OURS = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json"
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json|"
+    + re.escape(DIGESTS)
 )
 
 
@@ -107,10 +108,15 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def is_of_model(name: str) -> bool:
+    """Whether a file is one of those that a save of a model writes."""
+    return _OURS.fullmatch(name) is not None
+
+
 def remove_model_(folder: Path) -> None:
     """Take the files of a model out of a folder; what belongs to others stays."""
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):
+        if is_of_model(path.name):
             path.unlink()
 
 
@@ -131,7 +137,7 @@ def _flush_one(path: Path) -> None:
 
 def _by_file(index: Path) -> dict[str, set[str] | None]:
     """The names that an index expects in each file."""
-    names = read_json(index).get("weight_map")
+    names = read_json(member(index.parent, index.name)).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(f"{index} is damaged: its weight_map is no object of tensor names and file names")
     expected: dict[str, set[str] | None] = {}
@@ -178,7 +184,7 @@ def _keep(old: Path, new: Path) -> None:
     """Link what is no part of a model into the new folder; copy it where links cannot be made."""
     for path in old.iterdir():
         target = new / path.name
-        if _OURS.fullmatch(path.name) or target.exists():
+        if is_of_model(path.name) or target.exists():
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, target, symlinks=True, copy_function=_link)

@@ -1,10 +1,11 @@
-"""Step 6, loading: transformers reads, the policy ties; every tensor comes from the folder, or an error says why not.
+"""Step 7, loading: transformers reads, the policy ties; every tensor comes from the folder, or an error says why not.
 
 transformers asks a model to tie itself once its tensors are read, and tells it which were missing:
 `tie_weights(missing_keys=...)`. That is where the decision belongs, and where it is made here. A class that answers by
 the policy stands in for the model's own while it is read.
 """
 
+import contextlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 import tiepolicy
-from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
+from tiepolicy import Conflict, Moment, Policy, TiePlan, Verify, first_difference, settle
 from tiepolicy.errors import (
     CheckpointError,
     MissingTensorError,
@@ -28,6 +29,7 @@ from tiepolicy.errors import (
 from tiepolicy_hf._declared import FLAG, Declaration, declarations
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import WEIGHTS, Weights, find_weights
+from tiepolicy_hf._trust import check_folder, check_size, naming_config
 
 #: What becomes of two stored values for what the config calls one tensor.
 OnConflict = Literal["error", "untie", "canonical"]
@@ -52,6 +54,8 @@ class _Evidence:
     denied: bool
     #: Where modules are put, by the beginning of their names; empty where the loader chooses.
     places: Mapping[str, object]
+    #: Size of the files with weights.
+    num_bytes: int
     #: What the class made one tensor while it was built, before reading took it apart.
     built: TiePlan | None = None
     missing: set[str] = field(default_factory=set)
@@ -66,6 +70,7 @@ def from_pretrained(
     on_conflict: OnConflict = "error",
     allow_pickle: bool = False,
     policy: Policy | None = None,
+    verify: Verify = "full",
     **kwargs: Any,
 ) -> _Model:
     """Read a model from a Hugging Face folder, whoever wrote it; what is tied is decided by what the folder holds.
@@ -85,6 +90,8 @@ def from_pretrained(
             keep both values apart; "canonical" to give both names the value that is stored for the embedding.
         allow_pickle: Read `pytorch_model.bin` where there is no safetensors file, by torch's weights-only unpickler.
         policy: Who decides; by default the built-in rules and the installed plugins.
+        verify: What to check of the files if `save_pretrained` wrote them: size and digest, "size" only, or nothing,
+            which is "off".
         kwargs: For `cls.from_pretrained`: dtype, device_map, config and the like.
 
     Returns:
@@ -99,6 +106,7 @@ def from_pretrained(
     """
     _check_options(on_conflict, kwargs)
     folder = Path(folder).absolute()
+    check_folder(folder, verify=verify)
     weights = find_weights(folder, allow_pickle=allow_pickle)
     stated = (
         tiepolicy.read_json(folder / _CONFIG) if kwargs.get("config") is None or (folder / _CONFIG).exists() else {}
@@ -111,8 +119,10 @@ def from_pretrained(
         noted=weights.noted,
         denied=stated.get(FLAG) is False,
         places=device_map if isinstance(device_map, Mapping) else {},
+        num_bytes=sum(file.stat().st_size for file in weights.files),
     )
-    model, info = _read(_concrete(cls, folder, kwargs), folder, weights, evidence, kwargs)
+    with naming_config(cls, folder) if kwargs.get("config") is None else contextlib.nullcontext():
+        model, info = _read(_concrete(cls, folder, kwargs), folder, weights, evidence, kwargs)
     _check_complete(model, folder, info, evidence, stated.get("architectures"))
     correct_flags_(model, evidence.policy.plan(model))
     return model
@@ -162,7 +172,8 @@ def _concrete(cls: type[_Model], folder: Path, kwargs: dict[str, Any]) -> type[_
     if not isinstance(kwargs.get("config"), str | Path | None):
         config = kwargs["config"]
     else:
-        config = AutoConfig.from_pretrained(kwargs.get("config") or folder, **trusted)
+        # Not asked whether to trust a folder's code, transformers asks on the terminal.
+        config = AutoConfig.from_pretrained(kwargs.get("config") or folder, **{"trust_remote_code": False} | trusted)
         kwargs["config"] = config
     with torch.device("meta"):
         return type(cls.from_config(config, **trusted))
@@ -176,6 +187,7 @@ def _reading(cls: type[_Model], evidence: _Evidence) -> Any:
             cls.tie_weights(self, missing_keys=missing_keys, recompute_mapping=recompute_mapping)
         if missing_keys is None:
             evidence.built = evidence.policy.plan(self)
+            check_size(evidence.built, evidence.num_bytes)
             _check_places(self, evidence)
         else:
             _tie_what_was_read_(self, missing_keys, evidence)

@@ -1,4 +1,4 @@
-"""Step 5, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
+"""Step 6, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from tiepolicy import MANIFEST_KEY, Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError, ShapeMismatchError
 from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
 from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder
+from tiepolicy_hf._trust import write_digests
 
 _PATTERN = "model{suffix}.safetensors"
 
@@ -124,6 +125,7 @@ def _writer(
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         _write_weights(folder, stored, max_shard_size, _metadata(plan, stored))
+        write_digests(folder)
 
     return write
 

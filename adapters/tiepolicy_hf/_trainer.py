@@ -1,4 +1,4 @@
-"""Step 7, training: a callback under which every checkpoint of `transformers.Trainer` keeps the laws."""
+"""Step 8, training: a callback under which every checkpoint of `transformers.Trainer` keeps the laws."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from typing_extensions import override
 
 import tiepolicy
-from tiepolicy import TiePlan
+from tiepolicy import DIGESTS, TiePlan
 from tiepolicy.errors import CheckpointError
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import find_weights, flush
@@ -93,6 +93,7 @@ def _save_by_policy(
     """What the trainer calls, in the place of the method of that name, under its signature."""
     folder = Path(save_directory)
     if options or (state_dict is not None and not state_dict):  # an empty one holds the place of what DeepSpeed writes
+        (folder / DIGESTS).unlink(missing_ok=True)  # of an older save
         type(model).save_pretrained(
             model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options
         )

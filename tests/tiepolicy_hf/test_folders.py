@@ -118,7 +118,8 @@ def test_a_save_over_a_folder_leaves_no_file_of_the_old_model_and_all_others(tmp
     (folder / "runs" / "log").write_text("1")
     model = tied()
     tiepolicy_hf.save_pretrained(model, folder)
-    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "runs"}
+    written = {"config.json", "digests.json", "generation_config.json", "model.safetensors"}
+    expected = {*written, "tokenizer.json", "runs"}
     assert expected == {path.name for path in folder.iterdir()}
     assert "1" == (folder / "runs" / "log").read_text()
     assert [folder] == list(tmp_path.iterdir())
