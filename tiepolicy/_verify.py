@@ -21,7 +21,7 @@ from tiepolicy._contents import (
     read_plan,
     weight_files,
 )
-from tiepolicy._digests import Seen, digest_problems, read_digests, unrecorded_problems
+from tiepolicy._digests import DIGESTS, Seen, digest_problems, read_digests, unrecorded_problems
 from tiepolicy._facts import TensorSpec
 from tiepolicy._paths import MANIFEST, METADATA, member, read_json
 from tiepolicy._plan import TiePlan
@@ -178,6 +178,8 @@ def _dcp_problems(folder: Path) -> list[str]:
         _collect(problems, lambda: read_json(member(folder, _EXTRA), allow_nan=True))
     if os.path.lexists(folder / _EXTRA_TENSORS):
         _collect(problems, lambda: read_header(member(folder, _EXTRA_TENSORS)))
+    if os.path.lexists(folder / MANIFEST) and not os.path.lexists(folder / DIGESTS):
+        problems.append(f"{folder / DIGESTS} is missing: a part of the checkpoint was lost")
     return problems
 
 
@@ -299,11 +301,11 @@ def _is_written_once(name: str, plan: TiePlan, records: Mapping[str, _Records]) 
     alias = plan.alias(name)
     view = None if alias is None else alias.view
     if view is None:
-        return records[name] == owner
+        return records.get(name, set()) == owner
     first = view.offset // max(1, math.prod(plan.tensors[canonical].shape[1:]))
     return all(
         offsets is not None and ((offsets[0] + first, *offsets[1:]), *place) in owner
-        for offsets, *place in records[name]
+        for offsets, *place in records.get(name, ())
     )
 
 

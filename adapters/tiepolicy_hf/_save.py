@@ -46,7 +46,7 @@ def save_pretrained(
         ...     num_attention_heads=1, tie_word_embeddings=True)
         >>> folder = save_pretrained(LlamaForCausalLM(config), "model")
         >>> sorted(path.name for path in folder.iterdir())
-        ['config.json', 'generation_config.json', 'model.safetensors']
+        ['config.json', 'digests.json', 'generation_config.json', 'model.safetensors']
 
     Args:
         model: A model whose tensors this process holds whole.

@@ -22,7 +22,7 @@ from tiepolicy import (
     read_json,
 )
 from tiepolicy.errors import CheckpointError, TiePolicyError, UntrustedCheckpointError
-from tiepolicy_hf._folder import INDEX, WEIGHTS, Weights, is_of_model
+from tiepolicy_hf._folder import is_of_model
 
 CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -37,7 +37,7 @@ def write_digests(folder: Path) -> None:
     (folder / DIGESTS).write_text(digests_text(measure(written)), encoding="utf-8")
 
 
-def check_folder(folder: Path, weights: Weights, *, verify: Verify) -> None:
+def check_folder(folder: Path, *, verify: Verify) -> None:
     """Hold the files that transformers will read against their digests, if there are any, and look at the others.
 
     Raises:
@@ -46,8 +46,8 @@ def check_folder(folder: Path, weights: Weights, *, verify: Verify) -> None:
     """
     records = None if verify == "off" else read_digests(folder)
     check_files(folder, records or {}, sorted(records or {}), verify=verify, advice=_ADVICE)
-    read = (CONFIG, _GENERATION_CONFIG, INDEX, WEIGHTS, *(path.name for path in weights.files))
-    check_recorded(folder, records, read)
+    present = {path.name for path in folder.glob("*") if path.suffix != ".bin" and is_of_model(path.name)}
+    check_recorded(folder, records, present - {DIGESTS})
     for name in (CONFIG, _GENERATION_CONFIG):
         if (folder / name).exists() or (folder / name).is_symlink():
             read_json(member(folder, name))
@@ -90,7 +90,7 @@ def naming_config(cls: Any, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         cause = _why_not_built(cls, folder)
-        if cause is None:
+        if cause is None or not (hasattr(cls, "config_class") or hasattr(cls, "from_config")):
             raise
         raise CheckpointError(
             f"{folder / CONFIG} describes no model: {type(cause).__name__}: {cause}. Nothing was loaded"

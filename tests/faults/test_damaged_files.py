@@ -132,7 +132,7 @@ def check_found(kind, root, damage):
 def test_damage_is_found_by_loading_and_by_verifying(roots, kind):
     root = roots(kind)
 
-    @settings(max_examples=10, database=None)
+    @settings(max_examples=8, database=None)
     @given(damages())
     def check(damage):
         check_found(kind, root, damage)
@@ -146,7 +146,7 @@ def test_damage_is_found_by_loading_and_by_verifying(roots, kind):
 def test_much_damage_is_found_by_loading_and_by_verifying(roots, kind):
     root = roots(kind)
 
-    @settings(max_examples=300, database=None)
+    @settings(max_examples=200, database=None)
     @given(damages())
     def check(damage):
         check_found(kind, root, damage)

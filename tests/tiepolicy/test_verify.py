@@ -239,6 +239,15 @@ def test_each_damage_of_a_dcp_folder_is_named(tmp_path, damage, expected):
     assert any(expected in problem for problem in find_problems(folder)), find_problems(folder)
 
 
+def test_an_alias_that_has_no_bytes_is_named(tmp_path):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    metadata.storage_data = {index: i for index, i in metadata.storage_data.items() if index.fqn != f"model.{HEAD}"}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    expected = f"names no bytes for the part of model.{HEAD} (12, 4) at (0, 0)"
+    assert any(expected in problem for problem in find_problems(folder))
+
+
 def test_one_range_of_bytes_under_two_names_is_no_damage(tmp_path):
     """A tied tensor may be written once and named twice, for loaders that know nothing of manifests."""
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
