@@ -60,6 +60,11 @@ class ModelState(Stateful):
     """
 
     def __init__(self, model: nn.Module, *, plan: TiePlan | None = None, external: Owners | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise CheckpointError(
+                f"model is of the type {type(model).__name__}, not a module: hand over the model itself, not its "
+                "state_dict(), since only a module has parameters to tie and to read back into"
+            )
         self.model = model
         self.external = external
         self.plan = plan or tiepolicy.plan(model, external=external, digests=external is not None)

@@ -314,3 +314,13 @@ def test_extra_state_that_is_no_json_leaves_nothing_behind(tmp_path):
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="is no checkpoint: it has no .metadata file"):
         tiepolicy_dcp.load(tmp_path, model=TiedPair())
+
+
+@pytest.mark.parametrize("act", [tiepolicy_dcp.save, tiepolicy_dcp.load])
+def test_a_state_dict_in_the_place_of_the_model_is_refused(tmp_path, act):
+    folder = tmp_path / "checkpoint"
+    if act is tiepolicy_dcp.load:
+        tiepolicy_dcp.save(folder, model=TiedPair())
+    with pytest.raises(CheckpointError, match=r"^model is of the type OrderedDict, not a module: hand over the model"):
+        act(folder, model=TiedPair().state_dict())
+    assert folder.exists() == (act is tiepolicy_dcp.load)
