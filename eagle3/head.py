@@ -15,6 +15,13 @@ from eagle3.flat import FlatWeights, Fp8Weights
 from eagle3.kernels.fp8 import E4M3, E5M2, LARGEST_E5M2, Scaled, aligned, product, transpose, transposed
 
 
+def head_of(weights: FlatWeights, *, num_pairs: int, largest_weight: float) -> Head | Fp8Head:
+    """The head for a batch, in FP8 if there are weights in it."""
+    if weights.fp8 is None:
+        return Head(weights, num_pairs=num_pairs)
+    return Fp8Head(weights, weights.fp8, num_pairs=num_pairs, largest_weight=largest_weight)
+
+
 class Head:
     """The head of one batch, chunk after chunk.
 

@@ -23,6 +23,13 @@ from eagle3.kernels.fp8 import (
 from eagle3.kernels.swiglu import swiglu, swiglu_backward_
 
 
+def mlp_of(weights: FlatWeights, *, num_steps: int, num_rows: int) -> Mlp | Fp8Mlp:
+    """The MLP for a batch, in FP8 if there are weights in it."""
+    if weights.fp8 is None:
+        return Mlp(weights, num_steps=num_steps, num_rows=num_rows)
+    return Fp8Mlp(weights, weights.fp8, num_steps=num_steps, num_rows=num_rows)
+
+
 class Mlp:
     """The MLP of one batch; keeps of each step what its gradients need.
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from eagle3.flat import FlatWeights
-from eagle3.head import Fp8Head, Head
+from eagle3.head import Fp8Head, Head, head_of
 from eagle3.kernels.causal import CausalResult
 from eagle3.kernels.heads import HeadLayout
 from eagle3.kernels.norms import weight_gradient_parts
-from eagle3.mlp import Fp8Mlp, Mlp
+from eagle3.mlp import Fp8Mlp, Mlp, mlp_of
 from eagle3.pairs import PairPlan
 
 
@@ -63,7 +63,7 @@ class Tape:
         """An empty tape for a batch, on the device and in the dtype of the weights' copies."""
         num_steps, num_rows = plan.token_SN.shape
         num_all, num_pairs = len(plan.position_L), len(plan.step_P)
-        hidden, fp8 = len(weights.copies.down_HI), weights.fp8
+        hidden = len(weights.copies.down_HI)
         q_heads, kv_heads = (layout.num_queries, layout.head_dim), (layout.num_keys, layout.head_dim)
         new = weights.copy.new_empty
         none = new(0)
@@ -80,12 +80,8 @@ class Tape:
             own_v_JNKd=new((num_steps - 1, num_rows, *kv_heads)),
             attended_SNQd=new((num_steps, num_rows, *q_heads)),
             normed_SNH=new((num_steps, num_rows, hidden)),
-            mlp=Mlp(weights, num_steps=num_steps, num_rows=num_rows)
-            if fp8 is None
-            else Fp8Mlp(weights, fp8, num_steps=num_steps, num_rows=num_rows),
-            head=Head(weights, num_pairs=num_pairs)
-            if fp8 is None
-            else Fp8Head(weights, fp8, num_pairs=num_pairs, largest_weight=largest_weight),
+            mlp=mlp_of(weights, num_steps=num_steps, num_rows=num_rows),
+            head=head_of(weights, num_pairs=num_pairs, largest_weight=largest_weight),
             attention=[],
             middle_NH=[],
             state_NH=[],

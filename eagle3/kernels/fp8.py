@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from eagle3.kernels._triton import jit, tl
+
+_aten: Any = torch.ops.aten
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -60,8 +63,8 @@ def obstacle(device: torch.device) -> str | None:
         return None
     if torch.cuda.get_device_capability(device) < (8, 9):
         return f"{torch.cuda.get_device_name(device)} has no FP8"
-    if not hasattr(torch, "_scaled_mm"):
-        return f"torch {torch.__version__} has no torch._scaled_mm"
+    if not hasattr(_aten, "_scaled_mm"):
+        return f"torch {torch.__version__} has no _scaled_mm"
     return None
 
 
@@ -214,8 +217,7 @@ def product(
 
 def library_product(a_MK: Tensor, b_NK: Tensor, scale_a: Tensor, scale_b: Tensor, *, out: Tensor) -> None:
     """Writes a @ b.T times two scalars to `out`; the one place that needs torch's private name."""
-    # The public function, torch.nn.functional.scaled_mm, has no `out`.
-    torch._scaled_mm(a_MK, b_NK.T, scale_a, scale_b, out_dtype=out.dtype, use_fast_accum=True, out=out)  # noqa: SLF001
+    _aten._scaled_mm.out(a_MK, b_NK.T, scale_a, scale_b, out_dtype=out.dtype, use_fast_accum=True, out=out)  # noqa: SLF001 - torch.nn.functional.scaled_mm has no `out`
 
 
 def weight_gradient(a: Scaled, b: Scaled, *, out_NK: Tensor) -> None:
