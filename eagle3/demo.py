@@ -91,14 +91,16 @@ def run_demo(config: DemoConfig) -> None:
 def _measure_and_export(paths: _Paths) -> Table:
     trained = open_run(paths.run, checkpoint="LATEST")
     target_plan = tiepolicy.plan(trained.target.model)
-    draft_plan = tiepolicy.plan(trained.draft, external=owners_of(trained.target))
+    draft_plan = tiepolicy.plan(trained.draft, external=owners_of(trained.target), digests=True)
     for kind, folder in paths.exports.items():
         export(trained, folder, kind=kind)
     evaluation = _evaluate(trained, paths)
     picture, page = write_report(read_runs([str(paths.run)]), paths.run.parent)
     table = _table(evaluation)
+    table.add_section()
     table.add_row("weights of the target", _summary(target_plan))
     table.add_row("weights of the draft", _summary(draft_plan))
+    table.add_section()
     table.add_row("checkpoint", str(trained.checkpoint))
     table.add_row("plot", f"{picture}\n{page}")
     table.add_row("export", "\n".join(f"{folder} ({kind})" for kind, folder in paths.exports.items()))
@@ -189,5 +191,5 @@ def _summary(plan: tiepolicy.TiePlan) -> str:
         for alias in group.aliases
     ]
     ties += [f"{tie.name} is {tie.source} {tie.shape}: {tiepolicy.Reason.EXTERNAL_OWNER}" for tie in plan.external]
-    saved = f"{len(plan.tensors)} tensors, {tiepolicy.format_bytes(plan.bytes_saved)} saved by ties"
+    saved = f"{len(plan.tensors)} names; a checkpoint leaves out {tiepolicy.format_bytes(plan.bytes_saved)}"
     return "\n".join([saved, *ties, *(f"refused: {refusal}" for refusal in plan.refused)])
