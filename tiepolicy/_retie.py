@@ -12,6 +12,7 @@ from tiepolicy._modules import buffers_of, named_modules, parameters_of
 from tiepolicy._values import first_difference, view_of
 from tiepolicy.errors import MissingTensorError, TiePolicyError
 
+#: Whose value all names of a tie get, without a look at the others: that of the name which is stored.
 Keep = Literal["canonical"]
 
 

@@ -28,6 +28,7 @@ from tiepolicy._verdicts import Verdict
 PROJECT = "tiepolicy"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
+#: Marks a function of a plugin as its answer to the question of the same name.
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 

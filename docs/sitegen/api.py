@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import TypeGuard
 
@@ -24,6 +25,8 @@ def api(module: str, *only: str) -> str:
         if _is_error(value) and value.__module__.split(".")[0] != module.split(".")[0]:
             continue  # it is on the page of the package that defines it
         kind, directive, options = _described(value)
+        if kind == "Names":
+            options = f"\n   {comment_of(module, name)}\n"
         parts[kind].append(f"```{{eval-rst}}\n.. {directive}:: {module}.{name}\n{options}```\n")
     shown = {kind: "\n".join(entries) for kind, entries in parts.items() if entries}
     if only or len(shown) == 1:
@@ -31,19 +34,41 @@ def api(module: str, *only: str) -> str:
     return "\n".join(f"## {kind}\n\n{entries}" for kind, entries in shown.items())
 
 
-@functools.cache
 def exported(module: str) -> tuple[str, ...]:
     """The public names of a module: those of `__all__`, or what it defines and what it imports `as` itself."""
     namespace = importlib.import_module(module)
     if hasattr(namespace, "__all__"):
         return tuple(namespace.__all__)
-    names = []
-    for node in ast.parse(Path(namespace.__file__ or "").read_text(encoding="utf-8")).body:
+    return tuple(sorted(name for name in _origins(module) if not name.startswith("_")))
+
+
+def comment_of(module: str, name: str) -> str:
+    """The comment above a constant or an alias of types, where it is defined.
+
+    Raises:
+        LookupError: If it has none that begins with `#:`.
+    """
+    origin = _origins(module)[name]
+    found = re.search(rf"((?:^#: .*\n)+){name}\b.*=", _source(origin), re.MULTILINE)
+    if found is None:
+        raise LookupError(f"{name} of {origin} is public: say what it is in a comment above it that begins with #:")
+    return " ".join(line.removeprefix("#: ") for line in found[1].splitlines())
+
+
+@functools.cache
+def _origins(module: str) -> dict[str, str]:
+    """The module that defines each name which a module defines or imports `as` itself."""
+    origins = {}
+    for node in ast.parse(_source(module)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.append(node.name)
+            origins[node.name] = module
         elif isinstance(node, ast.ImportFrom):
-            names += [alias.name for alias in node.names if alias.asname == alias.name]
-    return tuple(sorted(name for name in names if not name.startswith("_")))
+            origins |= {alias.name: node.module or "" for alias in node.names if alias.asname == alias.name}
+    return origins
+
+
+def _source(module: str) -> str:
+    return Path(importlib.import_module(module).__file__ or "").read_text(encoding="utf-8")
 
 
 def home_of(target: str) -> str | None:
@@ -73,4 +98,4 @@ def _described(value: object) -> tuple[str, str, str]:
         return "Classes", "autoclass", "   :members:\n   :show-inheritance:\n"
     if inspect.isroutine(value):
         return "Functions", "autofunction", ""
-    return "Names", "autodata", ""
+    return "Names", "py:data", ""
