@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from peers import speculators_step
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
@@ -119,7 +120,7 @@ class Bench:
     def __init__(self, work: Work, device: torch.device, dtype: torch.dtype) -> None:
         self.work, self.device, self.dtype = work, device, dtype
         self.model = model = MODELS[work.model]
-        config = LlamaConfig(
+        self.config = LlamaConfig(
             hidden_size=model.hidden,
             intermediate_size=model.intermediate,
             num_attention_heads=model.heads[0],
@@ -130,7 +131,7 @@ class Bench:
         )
         generator = torch.Generator(device).manual_seed(0)
         with torch.device(device):
-            self.draft = Draft(draft_config(config, draft_vocab_size=model.draft_vocab))
+            self.draft = Draft(draft_config(self.config, draft_vocab_size=model.draft_vocab))
         self.head_VE = torch.randn((model.vocab, model.hidden), device=device, dtype=dtype, generator=generator)
         self.head_VE *= 0.02
         # The head's first rows are longer, so that the greedy token mostly lies in the draft vocabulary.
@@ -206,6 +207,20 @@ class Bench:
             return loss.detach()
 
         return run
+
+    def speculators_step(self) -> Callable[[], Tensor]:
+        """The step of vLLM's trainer, if it is installed."""
+        del self.draft
+        inputs = {
+            "ids": self.ids,
+            "mask": self.mask,
+            "documents": self.documents,
+            "aux": self.aux,
+            "hidden": self.hidden,
+            "head_VE": self.head_VE,
+            "draft_vocab": self.model.draft_vocab,
+        }
+        return speculators_step(self.config, inputs, num_steps=self.work.steps)
 
     def floor_step(self) -> Callable[[], Tensor]:
         """Products, attention and AdamW of all rows, with no sum, norm, loss or gradient bookkeeping."""
@@ -322,6 +337,7 @@ KINDS = {
     "fp8": lambda bench: bench.fused_step(fp8=True),
     "autograd": Bench.autograd_step,
     "floor": Bench.floor_step,
+    "speculators": Bench.speculators_step,
 }
 
 
