@@ -166,28 +166,33 @@ class FlatWeights:
         self.summed_grad = self._sum
 
     def _lay_out(self) -> dict[str, int]:
-        """The first element of each weight: vectors, then what is fused, then the other matrices, the head last."""
-        fused = [name for _, names in self._FUSED for name in names]
+        """The first element of each weight: vectors, then matrices, those first whose gradients are finished last."""
+        (_, qkv), (_, gate_up) = self._FUSED
         vectors = [name for name, parameter in self.parameters.items() if parameter.dim() <= 1]
-        others = [name for name in self.parameters if name not in fused and name not in vectors]
-        goes_on = {name for _, names in self._FUSED for name in names[1:]}
+        matrices = [*qkv, "fc.weight", *gate_up]
+        others = [name for name in self.parameters if name not in {*vectors, *matrices}]
+        goes_on = {*qkv[1:], *gate_up[1:]}
         places, end = {}, 0
-        for name in [*vectors, *fused, *others]:
+        for name in [*vectors, *matrices, *others]:
             if name not in goes_on:
                 end += -end % _ALIGNMENT
             places[name] = end
             end += self.parameters[name].numel()
         return places
 
+    def parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A buffer of gradients in the order in which they are finished.
+
+        Returns:
+            The part of the head; that of the MLP and of attention's output; all others.
+        """
+        middle, head = self._places[self._FUSED[1][1][0]], self._places["lm_head.weight"]
+        return buffer[head:], buffer[middle:head], buffer[:middle]
+
     @property
     def start_of_matrices(self) -> int:
         """The first element behind the vectors."""
         return self._places[self._FUSED[0][1][0]]
-
-    @property
-    def start_of_head(self) -> int:
-        """The first element of the head, which is the last weight."""
-        return self._places["lm_head.weight"]
 
     def refresh_(self) -> None:
         """Brings the copies up to date after something else than the optimizer changed the parameters."""

@@ -27,7 +27,7 @@ from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
 from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
 from eagle3.loss import StepCounts
 from eagle3.pairs import PairPlan
-from eagle3.tape import NormGradients, Tape, TapeGradients
+from eagle3.tape import Tape, TapeGradients
 from eagle3.teacher import Teacher
 from eagle3.unroll import UnrollResult
 
@@ -80,7 +80,7 @@ class FusedStep:
         teacher: Teacher,
         *,
         with_gradients: bool = True,
-        on_head_gradient: Callable[[], None] | None = None,
+        on_gradients: Callable[[Tensor], object] = lambda _: None,
     ) -> UnrollResult:
         """Runs one batch.
 
@@ -90,7 +90,7 @@ class FusedStep:
             aux_LA: The target's captured states, in the dtype of the copies.
             teacher: What the target says at the plan's teacher rows.
             with_gradients: Whether to write `weights.grad`; without, it is left alone.
-            on_head_gradient: Called once the gradient of the head is there, long before the others are.
+            on_gradients: Called with each of `weights.parts(weights.grad)` as soon as it is finished.
 
         Returns:
             The sums; the gradient of `loss_sum` is in `weights.grad`.
@@ -99,9 +99,12 @@ class FusedStep:
             tape = self._unroll(plan, input_ids_L, aux_LA)
             result = self._score(plan, tape.head, teacher, with_gradients=with_gradients)
             if with_gradients:
-                if on_head_gradient is not None:
-                    on_head_gradient()
-                self._backward(plan, tape, aux_LA)
+                of_head, of_mlp, of_others = self._weights.parts(self._weights.grad)
+                on_gradients(of_head)
+                back = self._steps_backward(plan, tape)
+                on_gradients(of_mlp)
+                self._inputs_backward(plan, tape, back, aux_LA)
+                on_gradients(of_others)
         return result
 
     def _angles_up_to(self, num_positions: int) -> Angles:
@@ -229,20 +232,28 @@ class FusedStep:
         counts = StepCounts.count(plan.supervised_SN.bool(), hit_P[plan.pair_SN])
         return UnrollResult(loss_sum=loss_P.sum(), weight_sum=weight_P.sum(), counts=counts)
 
-    def _backward(self, plan: PairPlan, tape: Tape, aux_LA: Tensor) -> None:
-        """Writes every gradient but the head's."""
-        w, g = self._weights.copies, self._weights.grads
-        norms, back = NormGradients.allocate(w.hidden_norm_H), TapeGradients.allocate(tape)
+    def _steps_backward(self, plan: PairPlan, tape: Tape) -> TapeGradients:
+        """From the head's inputs back to the start of the first step; writes the gradients of MLP and output."""
+        w = self._weights.copies
+        back = TapeGradients.allocate(tape)
         grad_normed_NH: Tensor | None = None
         grad_state_NH: Tensor | None = None
         for step in reversed(range(self._num_steps)):
-            self._finish_backward(plan, tape, back, norms, grad_normed_NH, grad_state_NH, step)
+            self._finish_backward(plan, tape, back, grad_normed_NH, grad_state_NH, step)
             grad_attended_NQd = (back.middle_SNH[step] @ w.o_HX).unflatten(1, (-1, self._layout.head_dim))
             self._attend_backward(plan, tape, back, grad_attended_NQd, step)
             grad_normed_NH = self._project_backward(plan, back, step)
             grad_state_NH = back.middle_SNH[step]
+        tape.mlp.weight_gradients()
+        attended_XX = tape.attended_SNQd.flatten(2).flatten(0, 1)
+        torch.mm(back.middle_SNH.flatten(0, 1).T, attended_XX, out=self._weights.grads.o_HX)
         assert grad_normed_NH is not None
-        assert grad_state_NH is not None
+        back.normed_NH = grad_normed_NH
+        return back
+
+    def _inputs_backward(self, plan: PairPlan, tape: Tape, back: TapeGradients, aux_LA: Tensor) -> None:
+        """From the start of the first step to states and tokens; writes the gradients that are left."""
+        w, g, norms = self._weights.copies, self._weights.grads, back.norms
         unrotate_(
             back.first_LU,
             queries_MQd=None,
@@ -255,11 +266,11 @@ class FusedStep:
         grad_first_LH = rms_norm_backward(
             *(tape.first_LH, back.first_LU @ w.state_WH[self._num_q :], w.hidden_norm_H, norms.hidden_GH),
             eps=self._eps,
-            rows=RowGradients(normed_RH=grad_normed_NH, sum_RH=grad_state_NH, index_M=plan.row_of_token_L),
+            rows=RowGradients(normed_RH=back.normed_NH, sum_RH=back.middle_SNH[0], index_M=plan.row_of_token_L),
         )
         torch.mm(grad_first_LH.T, aux_LA, out=g.fc_HA)
-        self._token_half_backward(plan, tape, back, norms)
-        self._weight_gradients(tape, back)
+        self._token_half_backward(plan, tape, back)
+        self._projection_gradients(tape, back)
         g.input_norm_H.copy_(norms.input_GH.sum(dim=0))
         g.hidden_norm_H.copy_(norms.hidden_GH.sum(dim=0))
         g.post_norm_H.copy_(norms.post_GH.sum(dim=0))
@@ -270,13 +281,12 @@ class FusedStep:
         plan: PairPlan,
         tape: Tape,
         back: TapeGradients,
-        norms: NormGradients,
         grad_normed_NH: Tensor | None,
         grad_state_NH: Tensor | None,
         step: int,
     ) -> None:
         """From the states that a step hands on to those between its attention and its MLP."""
-        w, eps, mlp = self._weights.copies, self._eps, tape.mlp
+        w, eps, mlp, norms = self._weights.copies, self._eps, tape.mlp, back.norms
         rms_norm_backward(
             *(tape.state_NH.pop(), grad_normed_NH, w.hidden_norm_H, norms.hidden_GH),
             eps=eps,
@@ -337,22 +347,22 @@ class FusedStep:
             return back.projected_SNW[step] @ state_WH
         return back.projected_SNW[0, :, : self._num_q] @ state_WH[: self._num_q]
 
-    def _token_half_backward(self, plan: PairPlan, tape: Tape, back: TapeGradients, norms: NormGradients) -> None:
+    def _token_half_backward(self, plan: PairPlan, tape: Tape, back: TapeGradients) -> None:
         """Gradients of the token's half of queries, keys and values, and of the norm of the embeddings."""
         w = self._weights.copies
         grad_token_LW = sum_by_token(
             back.projected_SNW, back.first_LU, row_of_token_L=plan.row_of_token_L, time_L=plan.position_L
         )
         torch.mm(grad_token_LW.T, tape.tokens_LH, out=self._weights.grads.token_WH)
-        rms_norm_backward(tape.embedded_LH, grad_token_LW @ w.token_WH, w.input_norm_H, norms.input_GH, eps=self._eps)
+        rms_norm_backward(
+            tape.embedded_LH, grad_token_LW @ w.token_WH, w.input_norm_H, back.norms.input_GH, eps=self._eps
+        )
 
-    def _weight_gradients(self, tape: Tape, back: TapeGradients) -> None:
-        """One product over all steps for each weight."""
+    def _projection_gradients(self, tape: Tape, back: TapeGradients) -> None:
+        """Of queries, keys and values, for the half that reads a state: one product over all steps."""
         g, num_q = self._weights.grads, self._num_q
         projected_XW, normed_XH = back.projected_SNW.flatten(0, 1), tape.normed_SNH.flatten(0, 1)
         torch.mm(projected_XW[:, :num_q].T, normed_XH, out=g.state_WH[:num_q])
         torch.mm(back.first_LU.T, tape.first_normed_LH, out=g.state_WH[num_q:])
         later_XW, later_XH = back.projected_SNW[1:].flatten(0, 1), tape.normed_SNH[1:].flatten(0, 1)
         g.state_WH[num_q:].addmm_(later_XW[:, num_q:].T, later_XH)
-        tape.mlp.weight_gradients()
-        torch.mm(back.middle_SNH.flatten(0, 1).T, tape.attended_SNQd.flatten(2).flatten(0, 1), out=g.o_HX)

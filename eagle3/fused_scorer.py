@@ -98,28 +98,24 @@ class FusedScorer(Scorer):
     def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:
         """As `Scorer` says; the gradients are in `weights.summed_grad`."""
         inputs, is_bad = self._inputs(batch)
+        # Parts of the gradient travel while others are computed. All processes send the same parts in the same order,
+        # whatever step their batches are worth.
         pending: list[dist.Work] = []
-        # The gradient of the head alone is a third of all, and is there before the recurrence goes back. All processes
-        # send the same parts in the same order, whatever step their batches are worth.
-        goes_early = self._ranks.world_size > 1 and is_first and is_last
-
-        def send_head() -> None:
-            if goes_early:
-                pending.append(self._exchange(self._weights.grad[self._weights.start_of_head :]))
-
-        if self.device.type == "cuda" and pays_off(inputs.plan, num_weights=self._weights.copy.numel()):
+        send = partial(self._exchange, pending) if self._ranks.world_size > 1 else _keep
+        goes_early = is_first and is_last
+        is_short = self.device.type == "cuda" and pays_off(inputs.plan, num_weights=self._weights.copy.numel())
+        if is_short:
             result = self._graphed(inputs)
-            send_head()
         else:
-            result = self._run(_on(inputs, self.device), on_head_gradient=send_head)
+            result = self._run(_on(inputs, self.device), on_gradients=send if goes_early else _keep)
         self._weights.collect_(is_first=is_first, is_last=is_last)
-        if is_last and self._ranks.world_size > 1:
-            end = self._weights.start_of_head if goes_early else None
-            pending.append(self._exchange(self._weights.summed_grad[:end]))
-            for work in pending:
-                work.wait()
-            if not self._averages:
-                self._weights.summed_grad.div_(self._ranks.world_size)
+        if is_last and (is_short or not goes_early):
+            for part in self._weights.parts(self._weights.summed_grad):
+                send(part)
+        for work in pending:
+            work.wait()
+        if pending and not self._averages:
+            self._weights.summed_grad.div_(self._ranks.world_size)
         return result, is_bad
 
     def _inputs(self, batch: Batch) -> tuple[StepInputs, Tensor]:
@@ -139,7 +135,7 @@ class FusedScorer(Scorer):
         inputs: StepInputs,
         *,
         with_gradients: bool = True,
-        on_head_gradient: Callable[[], None] | None = None,
+        on_gradients: Callable[[Tensor], object] = lambda _: None,
     ) -> UnrollResult:
         if self._head is None:
             # Not before a checkpoint brought the vocabulary.
@@ -152,15 +148,19 @@ class FusedScorer(Scorer):
         return self._step(
             *(inputs.plan, inputs.input_ids_L, inputs.aux_LA, teacher),
             with_gradients=with_gradients,
-            on_head_gradient=on_head_gradient,
+            on_gradients=on_gradients,
         )
 
-    def _exchange(self, grad: Tensor) -> dist.Work:
+    def _exchange(self, pending: list[dist.Work], grad: Tensor) -> None:
         work: dist.Work | None = dist.all_reduce(
             grad, dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM, async_op=True
         )
         assert work is not None
-        return work
+        pending.append(work)
+
+
+def _keep(_part: Tensor) -> None:
+    """What a process alone does with a finished gradient."""
 
 
 def _on(inputs: StepInputs, device: torch.device) -> StepInputs:

@@ -30,11 +30,11 @@ class NormGradients:
     final_GH: Tensor
 
     @classmethod
-    def allocate(cls, like_H: Tensor) -> NormGradients:
-        """Zeros for norms of the width and on the device of `like_H`."""
-        precise = torch.promote_types(torch.float32, like_H.dtype)
-        size = (4, weight_gradient_parts(like_H.device), len(like_H))
-        return cls(**dict(zip(cls.__slots__, like_H.new_zeros(size, dtype=precise).unbind(), strict=True)))
+    def allocate(cls, states: Tensor) -> NormGradients:
+        """Zeros for norms of states (..., H), on their device."""
+        precise = torch.promote_types(torch.float32, states.dtype)
+        size = (4, weight_gradient_parts(states.device), states.shape[-1])
+        return cls(**dict(zip(cls.__slots__, states.new_zeros(size, dtype=precise).unbind(), strict=True)))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,8 +90,13 @@ class Tape:
 
 @dataclass(slots=True, kw_only=True)
 class TapeGradients:
-    """Gradients on their way back, laid out as in `Tape`; those of keys and values add up over steps in float32."""
+    """Gradients on their way back, laid out as in `Tape`; those of keys and values add up over steps in float32.
 
+    `normed_NH` is that of the rows' first normed states, known once all steps are behind.
+    """
+
+    norms: NormGradients
+    normed_NH: Tensor
     middle_SNH: Tensor
     projected_SNW: Tensor
     attended_LQd: Tensor
@@ -110,6 +115,8 @@ class TapeGradients:
         precise = torch.promote_types(torch.float32, tape.k0_LKd.dtype)
         width = (num_queries + 2 * num_keys) * head_dim
         return cls(
+            norms=NormGradients.allocate(tape.normed_SNH),
+            normed_NH=tape.normed_SNH.new_empty(0),
             middle_SNH=torch.empty_like(tape.normed_SNH),
             projected_SNW=tape.normed_SNH.new_empty((num_steps, num_rows, width)),
             attended_LQd=torch.zeros_like(tape.q_SLQd[0]),
