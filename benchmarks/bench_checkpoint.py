@@ -3,8 +3,10 @@
 How many bytes, seconds and megabytes of memory does a checkpoint of a tied and of an untied model take? `tiepolicy_dcp`
 beside the tools that save the same model. Each round runs every tool once, in turn, so that a busy moment of the
 machine hits all of them; each operation runs in a process of its own, forked from one that holds the model. Saves end
-when the disk has everything. Loads fill a model that is there already, with the files in memory ("warm") or not
-("cold"). Two ranks under torchrun save and load the model as FSDP2 shards it. `--size 0.02` tries it quickly.
+when the disk has everything. Before a load the files are all in memory ("warm") or all on the disk only ("cold"),
+however they were written; it fills a model that is there already. Two ranks under torchrun save and load the model as
+FSDP2 shards it. A save in the background is held against one copy in memory, made right before it: by the clock, and by
+the processor time of the caller, which other processes of the machine do not lengthen. `--size 0.02` tries it quickly.
 """
 
 import argparse
@@ -22,11 +24,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_on_gpu
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
+from checkpoint_on_gpu import forget, remember, run
 from environment import environment
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -122,27 +124,32 @@ def load_torch(model: nn.Module, folder: Path) -> None:
 
 
 Save = Callable[[Any, Path], object]
-#: How each tool saves, and its ways to load.
-TOOLS: dict[str, tuple[Save, dict[str, Save]]] = {
+#: How each tool saves (what is loaded is what the last way wrote), and its ways to load.
+TOOLS: dict[str, tuple[dict[str, Save], dict[str, Save]]] = {
     "tiepolicy_dcp": (
-        lambda model, folder: tiepolicy_dcp.save(folder, model=model),
+        {
+            "save, no digests": lambda model, folder: tiepolicy_dcp.save(folder, model=model, digests=False),
+            "save": lambda model, folder: tiepolicy_dcp.save(folder, model=model),
+        },
         {
             "load": lambda model, folder: tiepolicy_dcp.load(folder, model=model),
             "load, verify=off": lambda model, folder: tiepolicy_dcp.load(folder, model=model, verify="off"),
         },
     ),
     "dcp, alias popped": (
-        lambda model, folder: dcp.save(popped(model), checkpoint_id=folder),
+        {"save": lambda model, folder: dcp.save(popped(model), checkpoint_id=folder)},
         {"load": lambda model, folder: dcp.load(popped(model), checkpoint_id=folder)},
     ),
-    "dcp": (save_dcp, {"load": load_dcp}),
+    "dcp": ({"save": save_dcp}, {"load": load_dcp}),
     "safetensors save_model": (
-        save_safetensors,
+        {"save": save_safetensors},
         {"load": lambda model, folder: load_model(model, str(folder / "model.safetensors"))},
     ),
-    "transformers": (save_transformers, {}),
-    "torch.save": (save_torch, {"load": load_torch}),
+    "transformers": ({"save": save_transformers}, {}),
+    "torch.save": ({"save": save_torch}, {"load": load_torch}),
 }
+#: Where the files are before a load.
+BEFORE_LOADS = {"cold": forget, "warm": remember}
 BASELINE, OURS = "dcp, alias popped", "tiepolicy_dcp"
 RANKED_TOOLS = (OURS, BASELINE, "dcp")
 
@@ -183,28 +190,22 @@ def forked(step: Callable[[], Any]) -> Any:
     return result
 
 
-def forget(folder: Path) -> None:
-    """Have the next read come from the disk."""
-    for path in folder.rglob("*"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def one_round(model: nn.Module, folder: Path) -> list[Row]:
-    """Every tool saves once and loads cold and warm."""
+    """Every tool saves in each of its ways, and loads cold and warm."""
     rows = []
-    for tool, (save, loads) in TOOLS.items():
-        target = folder / "c"
-        row = forked(lambda save=save, target=target: measured(lambda: save(model, target)))
-        size = sum(path.stat().st_size for path in target.rglob("*"))
-        rows.append({"tool": tool, "operation": "save", "bytes": size, **row})
+    target = folder / "c"
+    for tool, (saves, loads) in TOOLS.items():
+        for operation, save in saves.items():
+            shutil.rmtree(target, ignore_errors=True)
+            row = forked(lambda save=save: measured(lambda: save(model, target)))
+            size = sum(path.stat().st_size for path in target.rglob("*"))
+            rows.append({"tool": tool, "operation": operation, "bytes": size, **row})
         for operation, load in loads.items():
-            for state in ("cold", "warm"):
-                if state == "cold":
-                    forget(target)
-                row = forked(lambda load=load, target=target: measured_load(model, load, target))
+            for state, prepare in BEFORE_LOADS.items():
+                prepare(target)
+                row = forked(lambda load=load: measured_load(model, load, target))
                 rows.append({"tool": tool, "operation": f"{operation} {state}", **row})
-        shutil.rmtree(target)
+    shutil.rmtree(target)
     return rows
 
 
@@ -221,25 +222,41 @@ def measured_load(model: nn.Module, load: Save, folder: Path) -> Row:
 
 
 def measured_async(model: nn.Module, folder: Path, worker: Any) -> list[Row]:
-    """How long `async_save` keeps its caller, for the first save and for later ones, beside one copy in memory."""
+    """How long `async_save` keeps its caller, for the first save of a run and the next, beside one copy in memory."""
     state = tiepolicy.plan(model).compact(dict(model.state_dict()))
     rows = []
     tiepolicy_dcp.save(folder / "warm", model=nn.Linear(1, 1))  # what is imported and planned once
     with tiepolicy_dcp.CheckpointStore(folder / "run") as store:
-        for number in range(4):
-            start = time.perf_counter()
+        for number, kind in enumerate(("first", "later")):
+            start, cpu = time.perf_counter(), time.thread_time()
             copies = [tensor.clone() for tensor in state.values()]
-            clone = time.perf_counter() - start
+            clone, clone_cpu = time.perf_counter() - start, time.thread_time() - cpu
             del copies
+            cpu = time.thread_time()
             row = measured(lambda number=number: store.async_save(f"step_{number}", model=model, worker=worker))
+            row |= {"cpu": time.thread_time() - cpu, "clone": clone, "clone_cpu": clone_cpu}
             start = time.perf_counter()
             store.wait()
             total = row["seconds"] + time.perf_counter() - start
-            kind = "first" if number == 0 else "later"
-            rows.append({"tool": f"async_save, {worker}", "operation": kind, "clone": clone, "total": total, **row})
+            rows.append({"tool": f"async_save, {worker}", "operation": kind, "total": total, **row})
     for name in ("run", "warm"):
         shutil.rmtree(folder / name)
     return rows
+
+
+def many_names(folder: Path) -> list[Row]:
+    """A model of 100,000 names and 800 MB, saved: time and peak memory beyond the model's own."""
+    model = nn.Module()
+    for index in range(100_000):
+        model.register_parameter(f"p{index}", nn.Parameter(torch.full((2_000,), float(index))))
+    rows = []
+    for tool in (OURS, BASELINE):
+        save = TOOLS[tool][0]["save"] if tool == OURS else save_dcp
+        row = forked(lambda save=save: measured(lambda: save(model, folder / "c")))
+        size = sum(path.stat().st_size for path in (folder / "c").rglob("*"))
+        rows.append({"tool": tool, "operation": "save", "bytes": size, **row})
+        shutil.rmtree(folder / "c")
+    return summary("100,000 names", [rows], unique_bytes(model))
 
 
 def measured_digest(model: nn.Module) -> Row:
@@ -252,8 +269,8 @@ def on_ranks(folder: Path, *, tied: bool, size: float, num_rounds: int) -> list[
     """The same in two processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     options = ["--ranked", str(folder), "--tied", str(int(tied)), "--size", str(size), "--rounds", str(num_rounds)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *options], env=environment, check=True)
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *options], env=variables, check=True)
     rows: list[Row] = json.loads((folder / "rows.json").read_text())
     return rows
 
@@ -264,20 +281,20 @@ def as_rank(folder: Path, *, tied: bool, size: float, num_rounds: int) -> None:
     warnings.simplefilter("ignore")
     model = fully_shard(llama(tied=tied, size=size), mesh=init_device_mesh("cpu", (2,)))
     rows = []
+    target = folder / "c"
     for _ in range(num_rounds):
         for tool in RANKED_TOOLS:
-            save, loads = TOOLS[tool]
-            steps = {"save": save, **{f"{name} warm": load for name, load in loads.items()}}
-            for operation, step in steps.items():
-                dist.barrier()
-                found = measured(lambda step=step: (step(model, folder / "c"), dist.barrier()))
-                both: list[Any] = [None, None]
-                dist.all_gather_object(both, found)
-                rows.append({"tool": tool, "operation": operation, **{key: max(b[key] for b in both) for key in found}})
-            if dist.get_rank() == 0:
-                rows[-len(steps)]["bytes"] = sum(path.stat().st_size for path in (folder / "c").rglob("*"))
-                shutil.rmtree(folder / "c")
-            dist.barrier()
+            saves, loads = TOOLS[tool]
+            for operation, save in saves.items():
+                on_first(lambda: shutil.rmtree(target, ignore_errors=True))
+                row = ranked(lambda save=save: save(model, target))
+                size = sum(path.stat().st_size for path in target.rglob("*"))
+                rows.append({"tool": tool, "operation": operation, "bytes": size, **row})
+            for operation, load in loads.items():
+                for state, prepare in BEFORE_LOADS.items():
+                    on_first(lambda prepare=prepare: prepare(target))
+                    row = ranked(lambda load=load: load(model, target))
+                    rows.append({"tool": tool, "operation": f"{operation} {state}", **row})
     if dist.get_rank() == 0:
         (folder / "rows.json").write_text(json.dumps(rows))
     dist.barrier()
@@ -286,13 +303,30 @@ def as_rank(folder: Path, *, tied: bool, size: float, num_rounds: int) -> None:
     os._exit(0)  # gloo's threads may abort a process that shuts down
 
 
+def on_first(step: Callable[[], object]) -> None:
+    """Rank 0 does it, the other waits."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        step()
+    dist.barrier()
+
+
+def ranked(step: Callable[[], object]) -> Row:
+    """Seconds until both ranks are done, and the larger extra peak memory."""
+    dist.barrier()
+    found = measured(lambda: (step(), dist.barrier()))
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, found)
+    return {key: max(b[key] for b in both) for key in found}
+
+
 def summary(case: str, rounds: list[list[Row]], unique: int) -> list[Row]:
     """Medians over rounds, and the median of each round's ratio to plain DCP on the same bytes."""
     found = []
     for index, first in enumerate(rounds[0]):
         runs = [rows[index] for rows in rounds]
         row: Row = {"case": case, "tool": first["tool"], "operation": first["operation"], "rounds": len(runs)}
-        for key in ("seconds", "extra_mb", "clone", "total"):
+        for key in ("seconds", "extra_mb", "clone", "total", "cpu", "clone_cpu"):
             if key in first:
                 row[key] = statistics.median(run[key] for run in runs)
         row["seconds_min"], row["seconds_max"] = (f(run["seconds"] for run in runs) for f in (min, max))
@@ -300,6 +334,7 @@ def summary(case: str, rounds: list[list[Row]], unique: int) -> list[Row]:
             row["bytes_over_unique"] = first["bytes"] / unique
         if "clone" in first:
             row["over_clone"] = statistics.median(run["seconds"] / run["clone"] for run in runs)
+            row["cpu_over_clone"] = statistics.median(run["cpu"] / run["clone_cpu"] for run in runs)
         same = [_baseline(rows, first["operation"]) for rows in rounds]
         if None not in same:
             row["over_dcp"] = statistics.median(run["seconds"] / base for run, base in zip(runs, same, strict=True))
@@ -309,21 +344,27 @@ def summary(case: str, rounds: list[list[Row]], unique: int) -> list[Row]:
 
 
 def _baseline(rows: Iterable[Row], operation: str) -> float | None:
-    wanted = operation.replace(", verify=off", "")
+    wanted = operation.replace(", verify=off", "").replace(", no digests", "")
     return next((row["seconds"] for row in rows if (row["tool"], row["operation"]) == (BASELINE, wanted)), None)
 
 
+_RATIOS = ("over_dcp", "over_dcp_min", "over_clone", "cpu_over_clone")
+
+
 def table(rows: list[Row]) -> str:
-    """One line per tool and operation; `/dcp` compares with plain DCP on the same bytes, `/clone` with one copy."""
+    """One line per tool and operation.
+
+    `/dcp` compares with plain DCP on the same bytes, `/clone` with one copy, `/cpu` with that by processor time.
+    """
     names = f"{'case':16} {'tool':24} {'operation':22} {'bytes':>7} {'s':>7} {'min..max':>14} {'MB':>6}"
-    lines = [f"{names} {'/dcp':>5} {'/min':>5} {'/clone':>6}"]
+    lines = [f"{names} {'/dcp':>5} {'/min':>5} {'/clone':>6} {'/cpu':>5}"]
     for row in rows:
         spread = f"{row['seconds_min']:.3f}..{row['seconds_max']:.3f}"
-        ends = [f"{row[key]:.2f}" if key in row else "" for key in ("over_dcp", "over_dcp_min", "over_clone")]
+        ends = [f"{row[key]:.2f}" if key in row else "" for key in _RATIOS]
         size = f"{row['bytes_over_unique']:.3f}" if "bytes_over_unique" in row else ""
         lines.append(
             f"{row['case']:16} {row['tool']:24} {row['operation']:22} {size:>7} {row['seconds']:7.3f} {spread:>14} "
-            f"{row['extra_mb']:6.0f} {ends[0]:>5} {ends[1]:>5} {ends[2]:>6}"
+            f"{row['extra_mb']:6.0f} {ends[0]:>5} {ends[1]:>5} {ends[2]:>6} {ends[3]:>5}"
         )
     return "\n".join(lines)
 
@@ -336,8 +377,8 @@ def run_case(folder: Path, *, tied: bool, size: float, num_rounds: int) -> list[
     one_round(model, folder)  # warms up
     rows = summary(name, [one_round(model, folder) for _ in range(num_rounds)], unique)
     for worker in ("thread", "process"):
-        saves = forked(lambda worker=worker: measured_async(model, folder, worker))
-        rows += summary(name, [[saves[0]]], unique) + summary(name, [[row] for row in saves[1:]], unique)
+        rounds = [forked(lambda worker=worker: measured_async(model, folder, worker)) for _ in range(num_rounds)]
+        rows += summary(name, rounds, unique)
     digests = [[{"tool": "xxh3_128 alone", "operation": "digest", **measured_digest(model)}] for _ in range(num_rounds)]
     rows += summary(name, digests, unique)
     ranked = on_ranks(folder, tied=tied, size=size, num_rounds=num_rounds + 1)
@@ -361,7 +402,7 @@ def main() -> None:
     on_cpu = arguments.device == "cpu" and arguments.scale == 1
     arguments.rounds = arguments.rounds or (5 if on_cpu else 2)
     if not on_cpu:
-        checkpoint_on_gpu.run(arguments)
+        run(arguments)
         return
     torch.set_num_threads(1)
     if arguments.ranked is not None:
@@ -370,6 +411,8 @@ def main() -> None:
     for tied in (True, False):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             rows += run_case(Path(folder), tied=tied, size=arguments.size, num_rounds=arguments.rounds)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        rows += forked(lambda: many_names(Path(folder)))
     print(table(rows))
     if arguments.out is not None:
         found = {"environment": {"size_gb": arguments.size, **environment(*PACKAGES)}, "rows": rows}
