@@ -111,13 +111,17 @@ class AsyncSaver:
             CheckpointError: If the save before this one failed; nothing is begun.
         """
         self.wait()
-        if self._process is not None:
-            self._process.start()
         job = begin(folder, contents, record=record)
         live = [*job.share.tensors(), *(contents.whole or {}).values()]
         copies: list[torch.Tensor] = []
+
+        def copy() -> None:
+            copies.extend(self._staging.copy(live))
+            if self._process is not None:
+                self._process.start()  # what it loads first would compete with the copy
+
         try:
-            on_all_ranks(lambda: copies.extend(self._staging.copy(live)))
+            on_all_ranks(copy)
         except (MemoryError, OSError, RuntimeError) as error:
             if is_first_rank():
                 discard(job.unfinished)

@@ -47,12 +47,11 @@ class WorkerProcess:
             )
 
     def write(self, path: Path, places: Sequence[Place], *, digest: bool) -> Written:
-        """Have a file written, and wait for it.
+        """Have a file written by the process that was started, and wait for it.
 
         Raises:
-            CheckpointError: If the process cannot write it, or is gone; the next call starts another one.
+            CheckpointError: If the process cannot write it, or is gone; `start` then starts another one.
         """
-        self.start()
         assert self._process is not None
         tensors = [[start, list(shape), str(dtype).removeprefix("torch.")] for start, shape, dtype in places]
         answer = _exchange(self._process, {"path": str(path), "tensors": tensors, "digest": digest})
