@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test slow quick lint types docs wheel-test setup clean
+.PHONY: demo test slow quick faults lint types docs wheel-test setup clean
 
 demo: setup
 	rm -rf $(DEMO)
@@ -18,6 +18,11 @@ slow: setup
 
 quick: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not dist"
+
+# Kills, failing disks, damage and hostile files, done to real processes; then the table of docs/reliability.md.
+faults: setup
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest tests/faults
+	PYTHONPATH=.:adapters:tests $(BIN)/python tests/faults/table.py
 
 lint: setup
 	$(BIN)/ruff check .
