@@ -12,7 +12,7 @@ from typing import Literal, Protocol, get_args, get_origin
 
 import shtab
 
-from eagle3.options import Setting, described_sections
+from eagle3.options import Setting, alternatives, described_sections
 
 _EPILOG = "exit codes: 0 fine, 2 wrong input, which is then said in one sentence"
 
@@ -79,8 +79,7 @@ def _add_command(parser: argparse.ArgumentParser, command: Documented) -> None:
 def _add_setting(group: argparse._ActionsContainer, setting: Setting) -> None:
     """A setting with what may stand behind it, in as few letters as make it plain."""
     option, meaning = f"--{setting.name}", _say(setting)
-    parts = get_args(setting.kind) if isinstance(setting.kind, types.UnionType) else (setting.kind,)
-    kind = next(part for part in parts if part is not types.NoneType)
+    kind = next(part for part in alternatives(setting.kind) if part is not types.NoneType)
     if kind is bool:
         group.add_argument(option, nargs="?", choices=["true", "false"], help=meaning)
     elif get_origin(kind) is Literal:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]  # it has no annotations, and safe_load is all we take
 from docstring_parser import parse
@@ -237,13 +237,19 @@ def _one_sentence(message: str, types_of: dict[str, Any]) -> str:
     return f"The settings cannot be read: {' '.join(message.split())}."
 
 
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The types that a setting may have; of `Literal["a"] | None` python makes another union than of `int | None`."""
+    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+
+
 def in_words(kind: Any) -> str:
     """The type of a setting as people call it: `a whole number or null`."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} whole numbers"
-    if isinstance(kind, types.UnionType):
-        return " or ".join(in_words(part) for part in get_args(kind))
+    parts = alternatives(kind)
+    if len(parts) > 1:
+        return " or ".join(map(in_words, parts))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(kind, getattr(kind, "__name__", str(kind)))

@@ -1,6 +1,7 @@
 """Both programs as a person meets them: help, versions, completion, widths, colours, and what is shown meanwhile."""
 
 import argparse
+import functools
 import io
 import os
 import pty
@@ -20,6 +21,7 @@ from eagle3.progress import watched
 from tiepolicy import _meter
 
 
+@functools.cache
 def parsers():
     """The parser of each command of both programs, by what is typed."""
     found = {}
@@ -85,6 +87,7 @@ def test_a_program_knows_its_version(program, capsys):
         ("eagle3", ["est"], {"estimate"}),
         ("eagle3", ["train", "--train.ep"], {"--train.epochs"}),
         ("eagle3", ["train", "--target.dtype", "b"], {"bfloat16"}),
+        ("eagle3", ["train", "--train.step", "f"], {"fused"}),
     ],
 )
 def test_bash_completes_what_was_begun(program, typed, expected, tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_the_other_names_of_settings_belong_to_settings():
         ([*GIVEN, "--train.lr", "fast"], "train.lr is fast, but must be a number."),
         ([*GIVEN, "--draft.vocab_size", "big"], "draft.vocab_size is big, but must be a whole number or null."),
         ([*GIVEN, "--target.dtype", "fp8"], "target.dtype is fp8, but must be one of float32, bfloat16."),
+        ([*GIVEN, "--train.step", "fast"], "train.step is fast, but must be one of fused, autograd or null."),
         (
             [*GIVEN, "--target.layers", "[1, 2]"],
             "target.layers is [1, 2], but must be a list of 3 whole numbers or null.",
