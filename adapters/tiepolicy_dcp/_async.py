@@ -175,7 +175,9 @@ class AsyncSaver:
             complete(job, write=write, group=self._group)
             on_first_rank(then, group=self._group)
         except Exception as error:  # handed on whole, to whoever asks next
-            logger.exception("the save of %s in the background failed", job.folder)
+            # A traceback only where the error is no sentence.
+            trace = None if isinstance(error, CheckpointError) else error
+            logger.error("the save of %s in the background failed: %s", job.folder, error, exc_info=trace)  # noqa: TRY400
             pending.finish(error)
         else:
             pending.finish(job.folder)
