@@ -1,8 +1,8 @@
 """Step 8, training: a callback under which every checkpoint of `transformers.Trainer` keeps the laws."""
 
 import functools
+import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
         self._plan = tiepolicy.plan(model)
         correct_flags_(model, self._plan)
         if isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
-            model.save_pretrained = functools.partial(_save_by_policy, model)
+            vars(model)["save_pretrained"] = functools.partial(_save_by_policy, model)  # of this one, not of its class
 
     def _verify(self, model: Any, after: str) -> None:
         if self._plan is not None:
@@ -85,9 +85,9 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
 
 def _save_by_policy(
     model: PreTrainedModel,
-    save_directory: str | Path,
+    save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> None:
     """What the trainer calls, in the place of the method of that name, under its signature."""
