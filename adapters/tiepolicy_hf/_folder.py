@@ -7,9 +7,12 @@ and then the two change places. Whoever looks finds the old checkpoint or the ne
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from tiepolicy import DIGESTS, MANIFEST_KEY, member, read_header, read_json
 from tiepolicy.errors import CheckpointError
@@ -88,22 +91,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder} is a link or a file; a model is saved into a folder of its own")
     try:
-        if replaced.exists() and not folder.exists():  # a save was killed between its two renames
-            replaced.rename(folder)
-        for rest in (unfinished, replaced):
-            shutil.rmtree(rest, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        if folder.exists():
-            _keep(folder, unfinished)
-        flush(unfinished)
-        if folder.exists():
-            folder.rename(replaced)
-        unfinished.rename(folder)
-        _flush_one(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} could not be written: {error}") from error
+        with writing(folder):
+            _replace(folder, write, unfinished, replaced)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -111,6 +100,32 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def is_of_model(name: str) -> bool:
     """Whether a file is one of those that a save of a model writes."""
     return _OURS.fullmatch(name) is not None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say of what goes wrong with a disk where it did."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} could not be written: {error}") from error
+
+
+def _replace(folder: Path, write: Callable[[Path], None], unfinished: Path, replaced: Path) -> None:
+    if replaced.exists() and not folder.exists():  # a save was killed between its two renames
+        replaced.rename(folder)
+    for rest in (unfinished, replaced):
+        shutil.rmtree(rest, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write(unfinished)
+    if folder.exists():
+        _keep(folder, unfinished)
+    flush(unfinished)
+    if folder.exists():
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    _flush_one(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_model_(folder: Path) -> None:

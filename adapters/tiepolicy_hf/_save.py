@@ -17,7 +17,7 @@ import tiepolicy
 from tiepolicy import MANIFEST_KEY, Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError, ShapeMismatchError
 from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
-from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder
+from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder, writing
 from tiepolicy_hf._trust import write_digests
 
 _PATTERN = "model{suffix}.safetensors"
@@ -97,8 +97,10 @@ def write_as_held(
     For those who read it back by `load_state_dict`, as `transformers.Trainer` does; `from_pretrained` reads it too.
     """
     write = _writer(model, model.state_dict() if state_dict is None else state_dict, None, "50GB", lambda _, kept: kept)
-    remove_model_(folder)
-    write(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_model_(folder)
+        write(folder)
 
 
 def _writer(

@@ -15,7 +15,7 @@ import tiepolicy
 from tiepolicy import DIGESTS, TiePlan
 from tiepolicy.errors import CheckpointError
 from tiepolicy_hf._flags import correct_flags_
-from tiepolicy_hf._folder import find_weights, flush
+from tiepolicy_hf._folder import find_weights, flush, writing
 from tiepolicy_hf._save import save_pretrained, write_as_held
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -70,7 +70,8 @@ class TiePolicyCallback(TrainerCallback):  # type: ignore[misc]  # transformers 
             dist.barrier()  # each rank wrote the state of its random numbers
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():  # the trials of a search have folders of their own
-            flush(folder)
+            with writing(folder):
+                flush(folder)
 
     def _take(self, model: Any) -> None:
         self._plan = tiepolicy.plan(model)
@@ -100,7 +101,6 @@ def _save_by_policy(
     elif is_main_process and _CHECKPOINT.fullmatch(folder.name):
         # Other ranks write into the folder at the same time, so that it cannot be exchanged. Until its last file is
         # there, it is none that `last_checkpoint` takes.
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / _STATE).unlink(missing_ok=True)
         write_as_held(model, folder, state_dict=state_dict)
     elif is_main_process:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,26 @@ def test_a_save_that_fails_leaves_the_old_folder_as_it_was(tmp_path):
     other.generation_config.temperature = 0.5  # refused without sampling, after config.json was written
     with pytest.raises(ValueError, match="temperature"):
         tiepolicy_hf.save_pretrained(other, folder)
+    assert [folder] == list(tmp_path.iterdir())
+    assert same(model, tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder))
+
+
+@contextmanager
+def files_of_at_most(num_bytes):
+    """As on a disk that is full."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_is_named_with_the_folder_and_leaves_the_old_one(tmp_path):
+    model = tied()
+    folder = tiepolicy_hf.save_pretrained(model, tmp_path / "model")
+    with files_of_at_most(4096), pytest.raises(CheckpointError, match=f"^{folder} could not be written: .*too large"):
+        tiepolicy_hf.save_pretrained(tied(), folder)
     assert [folder] == list(tmp_path.iterdir())
     assert same(model, tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder))
 
