@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test slow quick faults lint types docs wheel-test setup clean
+.PHONY: demo test slow quick faults lint types docs wheel-test fuzz audit setup clean
 
 demo: setup
 	rm -rf $(DEMO)
@@ -44,6 +44,24 @@ wheel-test: setup
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[test]"
 	HYPOTHESIS_PROFILE=ci build/wheel/venv/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
+
+# The readers of untrusted bytes, one after the other, guided by the code they reach; see tests/fuzz.py.
+FUZZ_SECONDS ?= 60
+fuzz: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt "atheris>=3"
+	mkdir -p build/fuzz
+	cd build/fuzz && for target in manifest header index metadata archive reconcile; do \
+		PYTHONPATH=$(CURDIR):$(CURDIR)/adapters:$(CURDIR)/tests \
+		$(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; \
+	done
+
+# Known vulnerabilities of what the tests run with. Asks pypi.org, and says so where it is not reachable.
+AUDIT := build/audit
+audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet "pip-audit>=2.9"
+	@$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt \
+		|| { echo "make audit: found the above, or could not reach the advisories of pypi.org"; exit 1; }
 
 setup: $(VENV)/ready
 

@@ -162,7 +162,7 @@ def write_embedded_conversations(path: str | Path, *, num_conversations: int, se
         num_conversations: Lines to write. Each has one to three questions, and some a system message.
         seed: Equal seeds write equal files. Other seeds mix the same facts differently, which makes a validation file.
     """
-    rng = random.Random(f"conversations {seed}")
+    rng = random.Random(f"conversations {seed}")  # noqa: S311 - for conversations, which are to be the same each time
     with Path(path).open("w", encoding="utf-8") as file:
         for _ in range(num_conversations):
             messages = [{"role": "system", "content": rng.choice(_SYSTEM)}] if rng.random() < 0.3 else []

@@ -20,6 +20,7 @@ __all__ = [
     "FIELD_VOCAB_SIZES",
     "Damage",
     "blocked_modules",
+    "changed_bytes",
     "damages",
     "dtypes",
     "flagged_pairs",
@@ -65,6 +66,19 @@ def _readings(row: torch.Tensor) -> list[torch.Tensor]:
     table = row[: row.numel() // 2 * 2].view(2, -1)
     views = [table, table.t(), row[::2], row[1:], row[2:2], row[:1].expand(3), table[:, :1], table[:, 0].unsqueeze(1)]
     return [row, row, row.detach(), row.conj(), *views]
+
+
+@st.composite
+def changed_bytes(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """One of some files with a few pieces of it removed, repeated, or replaced by other bytes."""
+    data = draw(st.sampled_from(seeds))
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = min(len(data), start + draw(st.integers(0, 8)))
+        number = st.sampled_from([b"-1", b"1e999", b"NaN", b"[", b"{", b'"', b"9" * 20, b"null", b"\xff\xff\xff\x7f"])
+        piece = draw(st.binary(max_size=8) | st.just(data[start:end] * 2) | number)
+        data = data[:start] + piece + data[end:]
+    return data
 
 
 class Damage(NamedTuple):

@@ -50,7 +50,7 @@ def test_the_configs_of_the_trainer_come_with_it(site):
 def test_the_core_needs_only_torch_pluggy_and_safetensors(site):
     (metadata,) = site.glob("*.dist-info/METADATA")
     requirements = email.message_from_string(metadata.read_text()).get_all("Requires-Dist")
-    needed = {requirement.split(">")[0] for requirement in requirements if "extra ==" not in requirement}
+    needed = {re.split("[<>]", requirement)[0] for requirement in requirements if "extra ==" not in requirement}
     assert {"torch", "pluggy", "safetensors"} == needed
 
 
@@ -78,7 +78,8 @@ def test_the_pins_fulfil_what_the_package_asks_for():
         for requirement in [*project["dependencies"], *(item for extra in extras for item in extra)]
     }
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert asked - {"tiepolicy"} <= pinned
+    # speculators wants an older transformers, and an environment of its own.
+    assert asked - {"tiepolicy", "speculators"} <= pinned
 
 
 def test_every_line_of_the_constraints_pins_a_released_version():

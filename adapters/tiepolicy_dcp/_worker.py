@@ -36,7 +36,7 @@ class WorkerProcess:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 - this interpreter, with nothing of a user's in its arguments
                 [sys.executable, "-c", "from tiepolicy_dcp._worker import main; main()", str(self._descriptor)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
