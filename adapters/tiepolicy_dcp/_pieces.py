@@ -43,14 +43,22 @@ class _Writers:
     def __init__(self, write: Callable[[_Filled], torch.Tensor]) -> None:
         self._write = write
         self._queue: SimpleQueue[tuple[_Filled, Future[torch.Tensor]] | None] = SimpleQueue()
-        self._threads = [threading.Thread(target=self._run) for _ in range(_NUM_WRITERS)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        for _ in range(_NUM_WRITERS):
+            thread = threading.Thread(target=self._run)
+            try:
+                thread.start()
+            except RuntimeError:  # since Python 3.12 no thread starts once the process ends: pieces are written here
+                break
+            self._threads.append(thread)
 
     def submit(self, filled: _Filled) -> Future[torch.Tensor]:
         """Have a piece written; the future has it when it is free again."""
         future: Future[torch.Tensor] = Future()
-        self._queue.put((filled, future))
+        if self._threads:
+            self._queue.put((filled, future))
+        else:
+            future.set_result(self._write(filled))
         return future
 
     def close(self) -> None:
