@@ -55,13 +55,13 @@ fuzz: setup
 		$(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; \
 	done
 
-# Known vulnerabilities of what the tests run with. Asks pypi.org, and says so where it is not reachable.
+# Known vulnerabilities of what the tests run with. Asks the public database of advisories, and says so where it is not reachable.
 AUDIT := build/audit
 audit:
 	$(PYTHON) -m venv $(AUDIT)
 	$(AUDIT)/bin/python -m pip install --quiet "pip-audit>=2.9"
 	@$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt \
-		|| { echo "make audit: found the above, or could not reach the advisories of pypi.org"; exit 1; }
+		|| { echo "make audit: found the above, or could not reach the database of advisories"; exit 1; }
 
 setup: $(VENV)/ready
 

@@ -28,6 +28,7 @@ from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
 from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, pays_off, rounded
 from eagle3.pairs import plan_pairs
+from eagle3.sizes import StepSizes
 from eagle3.teacher import TeacherHead
 from eagle3.unroll import TrainingTimeTest, UnrollResult, plan_rows
 
@@ -112,6 +113,28 @@ def documents(work: Work) -> Tensor | None:
     lengths = work.mean_document * (0.5 - 0.5 * torch.rand(work.tokens, generator=generator).log())
     ends = lengths.long().cumsum(0)
     return torch.bucketize(torch.arange(work.tokens), ends, right=True).expand(work.sequences, -1).contiguous()
+
+
+def sizes_of_work(work: Work) -> StepSizes:
+    """What one step of a line multiplies, as `eagle3 estimate` counts it."""
+    model, num_tokens = MODELS[work.model], work.sequences * work.tokens
+    num_teachers = work.supervised * num_tokens
+    rows = num_teachers + (work.steps - 1) * num_teachers / work.mean_span
+    return StepSizes(
+        num_tokens=num_tokens,
+        visible=work.mean_document or work.tokens,
+        num_rows=min(num_tokens, round(rows)),
+        num_teachers=round(num_teachers),
+        num_pairs=round(work.steps * num_teachers),
+        num_steps=work.steps,
+        hidden=model.hidden,
+        intermediate=model.intermediate,
+        queries=model.heads[0] * model.head_dim,
+        keys=model.heads[1] * model.head_dim,
+        target_hidden=model.hidden,
+        vocab=model.vocab,
+        draft_vocab=model.draft_vocab,
+    )
 
 
 class Bench:

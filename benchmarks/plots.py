@@ -4,14 +4,18 @@ Draws what the benchmarks measured, from the files in `benchmarks/results`, as S
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from bench_eagle3 import Work, sizes_of_work
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from eagle3.speed import DEVICES, attention_flops, product_flops
 
 RESULTS = Path(__file__).parent / "results"
 # Told apart by people who do not see all colours, too (Okabe and Ito, "Color Universal Design", 2008).
@@ -67,10 +71,104 @@ def draw_checkpoints(results: Results) -> Figure:
     return figure
 
 
+#: What a step's kernels are for, in the order in which they are drawn, each with its colour.
+_PARTS = {
+    "matrix products": "#0072B2",
+    "attention": "#D55E00",
+    "loss": "#009E73",
+    "AdamW": "#CC79A7",
+    "norms": "#E69F00",
+    "activation": "#56B4E9",
+    "heads": "#F0E442",
+    "copies": "#6b6b6b",
+    "other": "#bdbdbd",
+}
+
+
+def draw_step(results: Results) -> Figure:
+    """Where the time of a training step goes: the share of each kind of kernel."""
+    rows = [row for row in results["results"] if row["kind"] == "ours" and "profile" in row]
+    figure = Figure(figsize=(9, 0.42 * len(rows) + 1.3), layout="constrained")
+    ax = figure.subplots()
+    for place, row in enumerate(reversed(rows)):
+        total, start = sum(part["ms"] for part in row["profile"].values()), 0.0
+        for name, color in _PARTS.items():
+            share = 100 * row["profile"].get(name, {"ms": 0.0})["ms"] / total
+            ax.barh(place, share, left=start, color=color, label=name if place == 0 else None)
+            start += share
+        ax.text(101, place, f"{row['ms']:.1f} ms", va="center")
+    ax.set_yticks(range(len(rows)), [_work_name(row["work"]) for row in reversed(rows)])
+    ax.set_xlim(0, 112)
+    ax.set_xticks(range(0, 101, 20))
+    ax.set_xlabel("% of the time of all kernels")
+    _tidy(ax)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
+    versions = results["versions"]
+    figure.suptitle(f"Kernels of a training step, {versions['device']}, torch {versions['torch']}", fontsize=11)
+    return figure
+
+
+def draw_roofline(results: Results) -> Figure:
+    """Operations per second of a step's matrix products and attention, over the operations for each byte they move."""
+    device = DEVICES["h200"]
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    ax = figure.subplots()
+    intensities = [2.0**power for power in range(4, 13)]
+    roof = [min(device.flops, device.bandwidth * intensity) / 1e12 for intensity in intensities]
+    ax.loglog(intensities, roof, color="black", linewidth=1.2, label="data sheet: memory, then products")
+    rows = [row for row in results["results"] if row["kind"] == "ours" and "profile" in row]
+    for row, marker in zip(rows, itertools.cycle(_MARKERS + "<>"), strict=False):
+        for (operations, moved, milliseconds), color in zip(_work_done(row), (OURS, "#009E73"), strict=True):
+            point = (operations / moved, operations / milliseconds / 1e9)
+            ax.loglog(*point, marker=marker, color=color, linestyle="", markersize=6)
+        ax.plot([], [], marker=marker, color="black", linestyle="", markersize=5, label=_work_name(row["work"]))
+    ax.plot([], [], color=OURS, marker="s", linestyle="", label="blue: matrix products")
+    ax.plot([], [], color="#009E73", marker="s", linestyle="", label="green: attention")
+    ax.set_xlabel("operations per byte that has to be moved")
+    ax.set_ylabel("TFLOP/s")
+    _tidy(ax)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
+    figure.suptitle(f"A training step below the roofline of an {device.name}", fontsize=11)
+    return figure
+
+
+def _work_name(work: dict[str, Any]) -> str:
+    return Work(**work).name
+
+
+def _work_done(row: Results) -> list[tuple[float, float, float]]:
+    """Of matrix products and of attention: operations, bytes that must be read or written once, milliseconds."""
+    sizes = sizes_of_work(Work(**row["work"]))
+    s, pairs_of_rows = sizes, sizes.num_rows * sizes.num_steps
+    later = s.num_rows * (s.num_steps - 1)
+    # Rows, inputs, outputs of each product; all run forward, back to their input, and to their weight.
+    shapes = [
+        (s.num_tokens, 3 * s.target_hidden, s.hidden),
+        (s.num_tokens, s.hidden, s.projected + 2 * s.keys),
+        (s.num_rows, s.hidden, s.queries),
+        (later, s.hidden, s.projected),
+        (pairs_of_rows, s.queries, s.hidden),
+        (pairs_of_rows, s.hidden, 3 * s.intermediate),
+        (s.num_pairs, s.hidden, s.draft_vocab),
+    ]
+    moved = sum(3 * 2 * (rows * (wide + narrow) + wide * narrow) for rows, wide, narrow in shapes)
+    moved += 2 * (s.num_teachers * (s.target_hidden + s.vocab) + s.target_hidden * s.vocab)
+    operations = sum(product_flops(s, knows_argmax=False).values())
+    # Queries, output, and their gradients; keys and values are read and their gradients written by few.
+    of_attention = 2 * s.num_steps * s.num_tokens * (6 * s.queries + 8 * s.keys)
+    milliseconds = {name: part["ms"] for name, part in row["profile"].items()}
+    return [
+        (operations, moved, milliseconds["matrix products"]),
+        (attention_flops(s), of_attention, milliseconds["attention"]),
+    ]
+
+
 #: Each picture with the results it is drawn from.
 PICTURES: dict[str, tuple[str, Callable[[Results], Figure]]] = {
     "planning.svg": ("plan.json", draw_planning),
     "checkpoints.svg": ("checkpoint.json", draw_checkpoints),
+    "step.svg": ("eagle3.json", draw_step),
+    "roofline.svg": ("eagle3.json", draw_roofline),
 }
 
 

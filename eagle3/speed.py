@@ -48,7 +48,7 @@ PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER = 0.70, 0.40, 0.55, 0.86
 #: How much faster than those the products of FP8 numbers are, all that makes such numbers counted in; measured.
 FP8 = 1.7
 #: Seconds of a step in which the chip waits: the plan's upload, launches, the end of the step.
-_WAITING = 1.4e-3
+_WAITING = 1.0e-3
 #: How much longer the step under autograd takes, as measured with a target as wide as Llama-3.1-8B.
 _AUTOGRAD = 2.25
 
