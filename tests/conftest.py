@@ -13,6 +13,10 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+# Tables are as wide as the terminal, and processes of pytest-xdist are told that they have one.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -22,7 +22,7 @@ GUARDED = {
     "._scaled_dot_product_cudnn_attention": _ATTENTION,
     "._scaled_dot_product_cudnn_attention_backward": _ATTENTION,
     "._tied_weights_keys": "tests/tiepolicy_hf/test_flags.py::test_a_t5_without_its_shared_weight_is_put_together",
-    "torch._scaled_mm": "tests/eagle3/test_fp8.py::test_a_step_in_fp8_has_nearly_the_gradients_of_float64",
+    "._scaled_mm": "tests/eagle3/test_fp8.py::test_a_step_in_fp8_has_nearly_the_gradients_of_float64",
     "torch._utils._rebuild_tensor_v2": f"{_ARCHIVES}::test_a_plain_tensor_is_found_with_its_bytes",
     "torch.distributed.checkpoint.filesystem._StorageInfo": (
         f"{_ARCHIVES}::test_tensors_that_plain_dcp_wrote_in_other_layouts_are_read_as_before"

@@ -20,11 +20,11 @@ MOUNTLESS = why_nothing_can_be_mounted()
 needs_mounts = pytest.mark.skipif(MOUNTLESS is not None, reason=str(MOUNTLESS))
 
 
-def refused(store, step, cause, *, worker=None):
+def refused(store, step, cause):
     """The file that a save names, after it was found to fail for that cause with a sentence."""
     training = Training(step)
     with pytest.raises(CheckpointError) as caught:
-        training.save(store, consolidated=True) if worker is None else training.async_save(store, worker).result()
+        training.save(store, consolidated=True)
     sentence = str(caught.value)
     assert cause in sentence
     assert "\n" not in sentence
@@ -121,19 +121,18 @@ def save_as_nobody(root):
         assert 0 == latest(root)
 
 
-@pytest.mark.parametrize("worker", [None, "thread"])
-def test_a_write_that_fails_in_the_middle_of_a_shard_is_named_and_leaves_nothing(worker):
+def test_a_write_that_fails_in_the_middle_of_a_shard_is_named_and_leaves_nothing():
     with fast_folder() as root:
-        assert 0 == outcome_of(forked(save_to_a_limit, root, worker))
+        assert 0 == outcome_of(forked(save_to_a_limit, root))
 
 
-def save_to_a_limit(root, worker):
+def save_to_a_limit(root):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with CheckpointStore(root, keep_last=1) as store:
         Training(0).save(store)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # of a shard of 8 kB
-        assert "__0_0.distcp" == refused(store, 1, "File too large", worker=worker).name
+        assert "__0_0.distcp" == refused(store, 1, "File too large").name
         assert 0 == latest(root)
         assert set() == leftovers(root, checkpoints=["step_0"])
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
