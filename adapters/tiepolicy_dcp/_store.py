@@ -220,18 +220,20 @@ class CheckpointStore:
         Raises:
             CheckpointError: If a checkpoint of another name was deleted meanwhile, or as `tiepolicy_dcp.load` says.
         """
-        for _ in range(_NUM_TRIES if str(reference) in POINTERS else 1):
+        tries = _NUM_TRIES if str(reference) in POINTERS else 1
+        while True:
             folder = on_first_rank(lambda: self.resolve(reference))
+            tries -= 1
             try:
                 return load(folder, model=model, optimizer=optimizer, plan=plan, external=external, verify=verify)
             except (TiePolicyError, OSError) as error:
                 if isinstance(error, LostRankError) or on_first_rank(folder.is_dir):
                     raise
-                deleted = error
-        raise CheckpointError(
-            f"{folder} was deleted while it was read, as its writer keeps fewer checkpoints; the model may be filled "
-            f"in part. Load {LATEST}, or have the writer keep more"
-        ) from deleted
+                if not tries:
+                    raise CheckpointError(
+                        f"{folder} was deleted while it was read, as its writer keeps fewer checkpoints; the model may "
+                        f"be filled in part. Load {LATEST}, or have the writer keep more"
+                    ) from error
 
     def names(self) -> list[str]:
         """The whole checkpoints under the root, sorted by name."""
