@@ -73,7 +73,7 @@ class _Writers:
             filled, future = task
             try:
                 future.set_result(self._write(filled))
-            except OSError as error:  # handed on whole, to who submitted it
+            except Exception as error:  # handed on whole, to who submitted it
                 future.set_exception(error)
 
 
