@@ -20,4 +20,4 @@ def test_the_pictures_on_the_site_are_those_of_the_results(tmp_path, monkeypatch
     plots.draw_all(tmp_path)
     for name in plots.PICTURES:
         assert texts(tmp_path / name) == texts(ROOT / "docs" / "pictures" / name)
-        assert "tiepolicy" in " ".join(texts(tmp_path / name))
+        assert len(texts(tmp_path / name)) > 10
