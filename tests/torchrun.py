@@ -42,6 +42,35 @@ def torchrun(
     )
 
 
+@contextmanager
+def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """`python -m` as a child that can be signalled; its output as lines. It is killed at the end, if it still runs."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", *map(str, arguments)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What a process prints up to the line that holds a text, which must come."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
 def results_of(
     script: Path, folder: Path, cases: Iterable[str], *, num_processes: int, on_gpus: bool = False
 ) -> dict[str, dict[str, Any]]:

@@ -2,11 +2,9 @@
 
 import json
 import logging
-import os
 import resource
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -15,6 +13,7 @@ from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, weights_of
 from tiepolicy.errors import CheckpointError as StoreError
 from tiepolicy_dcp import CheckpointStore
+from torchrun import read_until, started
 
 SETTINGS = (
     *("--data.max_length", "48", "--draft.vocab_size", "96", "--unroll.steps", "3", "--train.lr", "0.01"),
@@ -111,38 +110,16 @@ def fill(folder):
             return path
 
 
-@contextmanager
-def started(command, world, out, *options):
-    """A command as a person starts it; its output as lines."""
+def eagle3(command, world, out, *options):
+    """A command as a person starts it."""
     given = ("--out", out, "--target.model", world[0], "--data.train", world[1], *SETTINGS, *options)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    line = [sys.executable, "-m", "eagle3", command, *map(str, given)]
-    with subprocess.Popen(
-        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def read_until(process, text):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return "".join(lines)
-    raise AssertionError("".join(lines))
+    return started("eagle3", command, *given)
 
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_with_one_sentence_and_the_checkpoint_before(world, tmp_path):
     with disk(tmp_path / "disk", megabytes=4) as folder:
-        with started("train", world, folder / "run") as process:
+        with eagle3("train", world, folder / "run") as process:
             read_until(process, "Saved checkpoint to")
             filler = fill(folder)
             output = process.stdout.read()
@@ -154,7 +131,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_sentence_and_the_checkpoint_
         filler.unlink()
         step = int(name.rpartition("_")[2])
         more = ("--train.epochs", str(step // 10 + 1), "--checkpoint.restore_from", "LATEST")
-        with started("train", world, folder / "run", *more) as process:
+        with eagle3("train", world, folder / "run", *more) as process:
             output = process.stdout.read()
         assert 0 == process.wait(), output
         assert f"Resuming from checkpoint: {folder}/run/checkpoints/{name}\n" in output
@@ -166,7 +143,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_sentence_and_the_checkpoint_
 def test_a_run_outlives_a_full_disk_if_the_config_says_so(world, tmp_path):
     """Also the lines of its metrics find no room meanwhile; each that is there is whole."""
     with disk(tmp_path / "disk", megabytes=4) as folder:
-        with started("train", world, folder / "run", "--checkpoint.on_error", "continue") as process:
+        with eagle3("train", world, folder / "run", "--checkpoint.on_error", "continue") as process:
             read_until(process, "Saved checkpoint to")
             filler = fill(folder)
             output = read_until(process, "Training goes on, as checkpoint.on_error is continue")
@@ -192,7 +169,7 @@ def test_a_run_outlives_a_full_disk_if_the_config_says_so(world, tmp_path):
 def test_a_disk_too_small_for_a_cache_is_one_sentence_and_nothing_half_written(world, tmp_path):
     with disk(tmp_path / "disk", megabytes=1) as folder:
         fill(folder)
-        with started("cache", world, tmp_path / "run", "--target.cache", folder / "states") as process:
+        with eagle3("cache", world, tmp_path / "run", "--target.cache", folder / "states") as process:
             output = process.stdout.read()
         assert 2 == process.wait()
         (sentence,) = [line for line in output.splitlines() if line.startswith("eagle3: error: ")]

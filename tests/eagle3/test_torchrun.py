@@ -1,22 +1,19 @@
 """What torchrun does to a run, and a run to torchrun: errors, signals, kills, and several machines."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 
 from eagle3_runs import make_run_world, metrics_of
 from tiepolicy_dcp import CheckpointStore
-from torchrun import torchrun
+from torchrun import read_until, started, torchrun
 
 pytestmark = pytest.mark.dist
 
+TWO_PROCESSES = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 SETTINGS = (
     *("--data.max_length", "48", "--draft.vocab_size", "96", "--unroll.steps", "3", "--train.lr", "0.01"),
     *("--train.log_every", "1", "--log.tensorboard", "false"),
@@ -31,33 +28,6 @@ def world(tmp_path_factory):
 def arguments(world, out, *options):
     given = ("--out", out, "--target.model", world[0], "--data.train", world[1], *SETTINGS, *options)
     return ["-m", "eagle3", "train", *map(str, given)]
-
-
-@contextmanager
-def started(*options):
-    """Torchrun as a child that can be signalled; its output as lines. It is killed at the end, if it still runs."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", *options]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def read_until(process, text):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-    raise AssertionError("".join(lines))
 
 
 def latest_of(out):
@@ -87,7 +57,9 @@ def test_a_mistyped_setting_is_said_once(world, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_ends_in_a_checkpoint_from_which_the_run_goes_on(world, tmp_path, number):
     options = ("--train.epochs", "40", "--train.batch_size", "5")
-    with started("--standalone", "--nproc-per-node=2", *arguments(world, tmp_path, *options)) as process:
+    with started(
+        "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments(world, tmp_path, *options)
+    ) as process:
         read_until(process, "epoch 1 step 1/40")
         process.send_signal(number)
         rest = process.stdout.read()
@@ -105,7 +77,9 @@ def test_a_signal_to_torchrun_ends_in_a_checkpoint_from_which_the_run_goes_on(wo
 @pytest.mark.slow
 def test_processes_of_a_killed_torchrun_end_and_the_run_goes_on(world, tmp_path):
     options = ("--train.epochs", "400", "--train.batch_size", "5", "--checkpoint.every_steps", "1")
-    with started("--standalone", "--nproc-per-node=2", *arguments(world, tmp_path, *options)) as process:
+    with started(
+        "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments(world, tmp_path, *options)
+    ) as process:
         read_until(process, "Saved checkpoint to")
         process.kill()
         # The processes hold the pipe: it ends when both have ended.
@@ -127,7 +101,13 @@ def test_two_machines_learn_what_one_process_does(world, tmp_path, kind):
         port = free.getsockname()[1]
     launch = ("--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
     options = ("--train.batch_size", "1", "--parallel.kind", kind)
-    run = [*launch, "--rdzv-id=run", "--local-addr=localhost", *arguments(world, tmp_path / "two", *options)]
+    run = [
+        "torch.distributed.run",
+        *launch,
+        "--rdzv-id=run",
+        "--local-addr=localhost",
+        *arguments(world, tmp_path / "two", *options),
+    ]
     with started(*run) as first, started(*run) as second:
         outputs = [process.communicate(timeout=200)[0] for process in (first, second)]
     assert [0, 0] == [first.returncode, second.returncode], outputs
