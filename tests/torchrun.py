@@ -74,14 +74,16 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 def results_of(
     script: Path, folder: Path, cases: Iterable[str], *, num_processes: int, on_gpus: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """What a script's first rank reports of each case, by its name, as a line `RESULT {"case": ...}`.
+    """What a script's first rank writes of each case into `results.jsonl` of the folder, by the case's name.
 
-    Several cases in one start: starting processes takes longer than most of what they do.
+    Several cases in one start: starting processes takes longer than most of what they do. A file, since what several
+    processes print at once ends in one another's lines.
     """
+    results_file = folder / "results.jsonl"
+    results_file.unlink(missing_ok=True)
     output = torchrun(script, folder, *cases, num_processes=num_processes, on_gpus=on_gpus)
     assert output.returncode == 0, output.stdout
-    lines = [line.split("RESULT ", 1)[1] for line in output.stdout.splitlines() if "RESULT " in line]
-    return {result["case"]: result for result in map(json.loads, lines)}
+    return {result["case"]: result for result in map(json.loads, results_file.read_text().splitlines())}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What several ranks do in `test_sharded.py`: `torchrun sharded.py FOLDER CASE...`; each prints a line of JSON.
+"""What several ranks do in `test_sharded.py`: `torchrun sharded.py FOLDER CASE...`; each becomes a line of JSON.
 
 A result holds what the first rank saw, and an error that the ranks met, by rank.
 """
@@ -280,4 +280,4 @@ def tensor_parallel_and_sharded():
 FOLDER = Path(sys.argv[1])
 
 if __name__ == "__main__":
-    run(vars(torch_alone) | globals(), sys.argv[2:])
+    run(vars(torch_alone) | globals(), sys.argv[2:], FOLDER / "results.jsonl")

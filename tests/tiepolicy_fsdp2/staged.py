@@ -251,4 +251,4 @@ def save_with_optimizers():
 FOLDER = Path(sys.argv[1])
 
 if __name__ == "__main__":
-    run(globals(), sys.argv[2:])
+    run(globals(), sys.argv[2:], FOLDER / "results.jsonl")

@@ -6,6 +6,7 @@ What runs under gloo on the CPU runs under NCCL where each rank has a GPU.
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -165,18 +166,19 @@ def message(step):
     return ""
 
 
-def report(name, case):
-    """Run a case and print what the first rank saw, and whether all met the same error."""
+def report(name, case, results_file):
+    """Run a case and write down what the first rank saw, and whether all met the same error."""
     result = case()
     results = [result] * dist.get_world_size()
     dist.all_gather_object(results, result)
     if dist.get_rank() == 0:
         agreed = all(result.get("error") == results[0].get("error") for result in results)
-        print("RESULT", json.dumps({"case": name, "backend": dist.get_backend(), "agreed": agreed} | results[0]))
+        with results_file.open("a") as lines:
+            lines.write(json.dumps({"case": name, "backend": dist.get_backend(), "agreed": agreed} | results[0]) + "\n")
 
 
-def run(cases: Mapping[str, Callable[[], dict[str, object]]], chosen: list[str]) -> None:
+def run(cases: Mapping[str, Callable[[], dict[str, object]]], chosen: list[str], results_file: Path) -> None:
     """Join the other ranks, run the chosen cases one after another, and leave."""
     with process_group():
         for name in chosen:
-            report(name, cases[name])
+            report(name, cases[name], results_file)
