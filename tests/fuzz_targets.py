@@ -15,8 +15,8 @@ import tiepolicy_dcp
 from models import FlaggedPair, TiedPair
 from tiepolicy import ActionKind, TiePlan
 from tiepolicy._contents import read_index
+from tiepolicy._metadata import parse_sharded_metadata
 from tiepolicy._safetensors import read_header
-from tiepolicy._unpickling import parse_sharded_metadata
 from tiepolicy.errors import TiePolicyError
 from tiepolicy_dcp._archives import check_archive, find_tensor
 

@@ -1,6 +1,7 @@
 """Imports point one way: up the list, in the order of the data."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,9 @@ PACKAGES = {
 
 #: Reading order inside the packages: a module imports only modules that stand before it.
 FLOW = {
-    "tiepolicy": """errors _facts _memory _modules _observe _claims _verdicts _evidence _groups _joining _companions
-        _values _conflict _external _retie _table _picture _paths _manifest _plan hookspecs _rules _trace _policy
-        _reconcile _safetensors _pickles _unpickling _contents _digests _verify _diff _plugins _inspect _meter _cli
-        __main__ __init__ _cases _laws testing""",
+    "tiepolicy": """errors _facts _memory _observe _claims _evidence _groups _values _conflict _external _retie _table
+        _picture _paths _manifest _plan hookspecs _rules _trace _policy _reconcile _safetensors _pickles _metadata
+        _contents _digests _verify _diff _plugins _inspect _meter _cli __main__ __init__ _laws testing""",
     "tiepolicy_hf": "_declared _plugin _flags _folder _trust _save _load _trainer __init__",
     "tiepolicy_dcp": """errors _ranks _folder _devices _frames _pieces _files _archives _reader _writer
         _state _extra _retention _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker
@@ -70,6 +70,14 @@ def test_modules_import_only_what_stands_before_them(package):
         siblings = {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")} & set(order)
         later = [name for name in siblings if order.index(name) >= order.index(path.stem)]
         assert [] == later, f"{path.name} imports {later}, which stands after it"
+
+
+@pytest.mark.parametrize("package", FLOW)
+def test_the_steps_that_modules_name_are_counted_in_reading_order(package):
+    modules = [PACKAGES[package][0] / f"{name}.py" for name in FLOW[package].split()]
+    steps = [re.match(r'"""Step (\d+)', path.read_text()) for path in modules]
+    numbers = [int(step[1]) for step in steps if step is not None]
+    assert list(range(1, len(numbers) + 1)) == numbers
 
 
 def test_the_core_imports_neither_transformers_nor_dcp():

@@ -1,13 +1,12 @@
 """Decides which weights of a PyTorch model are one tensor, and keeps it true through every save and load."""
 
-from collections.abc import Mapping
-
-import torch
 from torch import nn
 
 from tiepolicy._claims import Claim as Claim
+from tiepolicy._claims import Decision as Decision
+from tiepolicy._claims import Reason as Reason
 from tiepolicy._claims import Source as Source
-from tiepolicy._companions import Companion as Companion
+from tiepolicy._claims import Verdict as Verdict
 from tiepolicy._conflict import Conflict as Conflict
 from tiepolicy._conflict import Missing as Missing
 from tiepolicy._conflict import Moment as Moment
@@ -31,10 +30,14 @@ from tiepolicy._external import take as take
 from tiepolicy._facts import TensorFact as TensorFact
 from tiepolicy._facts import TensorSpec as TensorSpec
 from tiepolicy._groups import Alias as Alias
+from tiepolicy._groups import Companion as Companion
 from tiepolicy._groups import RefusedClaim as RefusedClaim
 from tiepolicy._groups import TieGroup as TieGroup
-from tiepolicy._modules import named_modules as named_modules
+from tiepolicy._metadata import ChunkedTensor as ChunkedTensor
+from tiepolicy._metadata import read_sharded_metadata as read_sharded_metadata
 from tiepolicy._observe import Facts as Facts
+from tiepolicy._observe import TensorSource
+from tiepolicy._observe import named_modules as named_modules
 from tiepolicy._observe import observe as observe
 from tiepolicy._paths import MANIFEST_KEY as MANIFEST_KEY
 from tiepolicy._paths import member as member
@@ -51,20 +54,13 @@ from tiepolicy._reconcile import reconcile as reconcile
 from tiepolicy._retie import Keep as Keep
 from tiepolicy._safetensors import read_header as read_header
 from tiepolicy._table import format_bytes as format_bytes
-from tiepolicy._unpickling import ChunkedTensor as ChunkedTensor
-from tiepolicy._unpickling import read_sharded_metadata as read_sharded_metadata
 from tiepolicy._values import content_digest as content_digest
 from tiepolicy._values import first_difference as first_difference
 from tiepolicy._values import view_of as view_of
-from tiepolicy._verdicts import Decision as Decision
-from tiepolicy._verdicts import Reason as Reason
-from tiepolicy._verdicts import Verdict as Verdict
 from tiepolicy.hookspecs import hookimpl as hookimpl
 
 
-def plan(
-    source: nn.Module | Mapping[str, torch.Tensor], *, external: Owners | None = None, digests: bool = False
-) -> TiePlan:
+def plan(source: TensorSource, *, external: Owners | None = None, digests: bool = False) -> TiePlan:
     """Decide which names of a module, or of a mapping of tensors, are one tensor.
 
     Uses the built-in rules and every installed plugin; `Policy` makes the same decision with plugins of your choice.

@@ -1,4 +1,4 @@
-"""Step 35, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 31, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Step 12, conflicts: two values for one tensor, or none, and the ways out that a plugin may choose."""
+"""Step 8, conflicts: two values for one tensor, or none, and the ways out that a plugin may choose."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

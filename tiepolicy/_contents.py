@@ -1,4 +1,4 @@
-"""Step 28, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
+"""Step 24, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
+from tiepolicy._metadata import read_sharded_metadata
 from tiepolicy._paths import MANIFEST, MANIFEST_KEY, METADATA, member, read_json
 from tiepolicy._plan import TiePlan
 from tiepolicy._safetensors import Header, Stored, read_header
-from tiepolicy._unpickling import read_sharded_metadata
 from tiepolicy.errors import CheckpointError, ManifestError
 
 FILE = "safetensors file"

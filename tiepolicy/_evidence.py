@@ -1,10 +1,10 @@
-"""Step 7, evidence: what the facts of two tensors prove about each other, the ground of every decision."""
+"""Step 5, evidence: what the facts of two tensors prove about each other, the ground of every decision."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
 
+from tiepolicy._claims import Reason
 from tiepolicy._facts import TensorFact, extent
-from tiepolicy._verdicts import Reason
 
 
 class View(NamedTuple):

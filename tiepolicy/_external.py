@@ -1,20 +1,19 @@
-"""Step 13, owners: tensors of a model that belong to another model, and how they are taken from there."""
+"""Step 9, owners: tensors of a model that belong to another model, and how they are taken from there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
+from tiepolicy._claims import Reason
 from tiepolicy._evidence import View, relate, view_within
 from tiepolicy._memory import sharing
-from tiepolicy._observe import Facts, observe
+from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._values import content_digest, fingerprint, view_of
-from tiepolicy._verdicts import Reason
 from tiepolicy.errors import ExternalOwnerError, MissingTensorError, ShapeMismatchError
 
 #: Models, or mappings of tensors, by the name under which a plan knows them.
-Owners = Mapping[str, nn.Module | Mapping[str, torch.Tensor]]
+Owners = Mapping[str, TensorSource]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

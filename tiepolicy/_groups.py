@@ -1,14 +1,13 @@
-"""Step 8, grouping: the parts of a plan, as plain data; and the group that memory alone settles."""
+"""Step 6, grouping: the parts of a plan, as plain data, and how memory or accepted claims make groups of names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tiepolicy._claims import Claim
+from tiepolicy._claims import Claim, Reason, Verdict
 from tiepolicy._evidence import View, relate, view_within
 from tiepolicy._memory import nested
 from tiepolicy._observe import Facts
-from tiepolicy._verdicts import Reason, Verdict
 
 
 class Alias(NamedTuple):
@@ -50,6 +49,20 @@ class RefusedClaim:
         )
         claimant = self.claim.detail or self.claim.source
         return f"{first} and {second} cannot be one tensor: {self.verdict.detail}; claimed by {claimant}"
+
+
+class Companion(NamedTuple):
+    """A tensor that says what the rows of others are, such as the map from a draft's vocabulary to its target's.
+
+    A model that has those others and not their companion would load them and mean something else by each row.
+    """
+
+    name: str
+    #: The tensors that it belongs to, sorted.
+    of: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} tells the rows of {' and '.join(self.of)}"
 
 
 def holds(group: TieGroup, alias: Alias, facts: Facts) -> bool:
@@ -103,3 +116,94 @@ def group_by_memory(names: Sequence[str], facts: Facts) -> TieGroup | None:
             view = View(shape=tuple(tensor.shape), stride=tensor.stride(), offset=offset)
             aliases.append(Alias(name=name, reason=Reason.VIEW_OF, view=view))
     return TieGroup(canonical=names[owner], aliases=tuple(aliases))
+
+
+#: Relations in which one tensor is the whole of the other.
+_EXACT = (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
+
+
+def pairs_of(claims: Iterable[Claim]) -> list[Claim]:
+    """The claims as claims of two names, each once, in an order of their own."""
+    pairs = {pair for claim in claims for pair in claim.pairs()}
+    return sorted(pairs, key=lambda claim: (claim.names, claim.source, claim.detail))
+
+
+def join(claims: list[Claim]) -> list[tuple[tuple[str, ...], tuple[Claim, ...]]]:
+    """Sets of names that accepted claims connect, with their claims (disjoint-set union)."""
+    parent: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for claim in claims:
+        first, second = map(find, claim.names)
+        parent[max(first, second)] = min(first, second)
+    names: dict[str, list[str]] = {}
+    claims_of: dict[str, list[Claim]] = {}
+    for name in parent:
+        names.setdefault(find(name), []).append(name)
+    for claim in claims:
+        claims_of.setdefault(find(claim.names[0]), []).append(claim)
+    return [(tuple(sorted(names[root])), tuple(claims_of[root])) for root in names]
+
+
+def owners_of(names: Sequence[str], facts: Facts) -> tuple[tuple[str, ...], dict[str, Reason]]:
+    """The names from which every other can be rebuilt: the longest tensor and its exact doubles; none if none can.
+
+    Returns:
+        The names, sorted, and how every name relates to the first of them, where that was looked at.
+    """
+    members = [facts[name] for name in names]
+    if len({fact.object_id for fact in members}) == 1:
+        return tuple(sorted(names)), dict.fromkeys(names, Reason.SAME_OBJECT)
+    longest = max(fact.extent for fact in members)
+    # Whatever contains a view is dense; looking there first finds the owner at once.
+    long = sorted((fact for fact in members if fact.extent == longest), key=lambda fact: not fact.is_dense)
+    for owner in long:
+        relations = {fact.name: relate(owner, fact) for fact in members}
+        if all(reason.proves_alias for reason in relations.values()):
+            return tuple(sorted(name for name, reason in relations.items() if reason in _EXACT)), relations
+    return (), {}
+
+
+def group_of(canonical: str, names: Sequence[str], relations: Mapping[str, Reason], facts: Facts) -> TieGroup:
+    """The group of tied names.
+
+    Args:
+        canonical: The name to store.
+        names: All names, sorted.
+        relations: How they relate to the canonical one, as far as it is known.
+        facts: What was seen of them.
+    """
+    owner = facts[canonical]
+    aliases = []
+    for name in names:
+        if name != canonical:
+            reason = relations[name] if name in relations else relate(owner, facts[name])
+            view = view_within(owner, facts[name]) if reason is Reason.VIEW_OF else None
+            aliases.append(Alias(name=name, reason=reason, view=view))
+    return TieGroup(canonical=canonical, aliases=tuple(aliases))
+
+
+def without_accepted(refused: list[RefusedClaim], groups: tuple[TieGroup, ...]) -> tuple[RefusedClaim, ...]:
+    """Drop refusals of what another claim proved."""
+    if not refused:
+        return ()
+    group_of = {name: group.canonical for group in groups for name in group.names}
+    return tuple(
+        refusal
+        for refusal in refused
+        if (first := group_of.get(refusal.claim.names[0])) is None or first != group_of.get(refusal.claim.names[1])
+    )
+
+
+def join_companions(companions: Iterable[Companion]) -> tuple[Companion, ...]:
+    """Each companion once, with all that anybody says it belongs to, sorted by name."""
+    found: dict[str, set[str]] = {}
+    for companion in companions:
+        found.setdefault(companion.name, set()).update(companion.of)
+    return tuple(Companion(name, tuple(sorted(of))) for name, of in sorted(found.items()))

@@ -1,7 +1,7 @@
-"""Step 38, laws: what holds for every plugin, as checks of one plugin on one model."""
+"""Step 33, laws: what holds for every plugin, as checks of one plugin on one model."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,20 +10,16 @@ import torch
 from torch import nn
 
 from tiepolicy import hookspecs
-from tiepolicy._cases import tensors_of
-from tiepolicy._claims import Claim
-from tiepolicy._companions import Companion
+from tiepolicy._claims import Claim, Verdict
 from tiepolicy._evidence import relate
 from tiepolicy._external import Owners
-from tiepolicy._observe import Facts, observe
+from tiepolicy._groups import Companion
+from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._plan import TiePlan
 from tiepolicy._policy import Policy
 from tiepolicy._rules import tiepolicy_claims as storage_claims
 from tiepolicy._values import first_difference
-from tiepolicy._verdicts import Verdict
 from tiepolicy.errors import TiePolicyError
-
-Source = nn.Module | Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +27,7 @@ class Trial:
     """One plugin, one model, and claims of others about it."""
 
     plugin: object
-    source: Source
+    source: TensorSource
     claims: tuple[Claim, ...]
     #: Other models that the model is planned with.
     external: Owners | None = None
@@ -206,6 +202,11 @@ LAWS: tuple[tuple[str, Callable[[Trial], str | None]], ...] = (
 )
 
 
+def tensors_of(source: TensorSource) -> dict[str, torch.Tensor]:
+    """Every name of a case with its tensor, doubles included."""
+    return dict(source.state_dict(keep_vars=True)) if isinstance(source, nn.Module) else dict(source)
+
+
 def _aliases(trial: Trial, facts: Facts) -> Iterator[tuple[Claim, Verdict]]:
     """What the plugin calls one tensor, of names that are there."""
     hooks = trial.hooks()
@@ -216,7 +217,7 @@ def _aliases(trial: Trial, facts: Facts) -> Iterator[tuple[Claim, Verdict]]:
                 yield pair, verdict
 
 
-def _snapshot(source: Source) -> dict[str, object]:
+def _snapshot(source: TensorSource) -> dict[str, object]:
     """What a plugin must leave alone: objects, places, values, and what modules hold."""
     seen: dict[str, object] = {}
     for name, tensor in tensors_of(source).items():
@@ -232,7 +233,7 @@ def _snapshot(source: Source) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _reversed(source: Source) -> Iterator[Source]:
+def _reversed(source: TensorSource) -> Iterator[TensorSource]:
     """The source with its names in reverse: another mapping, or the same module until the block ends."""
     if not isinstance(source, nn.Module):
         yield dict(reversed(list(source.items())))

@@ -1,4 +1,4 @@
-"""Step 18, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
+"""Step 14, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
 
 A name in a manifest may become part of a path or a line in a log, so it holds no path separator and no control
 character; a plan with such names works, but has no manifest. A key that this version does not know is refused: what it
@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from tiepolicy._claims import Claim
-from tiepolicy._companions import Companion
+from tiepolicy._claims import Claim, Decision, Reason, Verdict
 from tiepolicy._evidence import View
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
-from tiepolicy._groups import Alias, RefusedClaim, TieGroup
+from tiepolicy._groups import Alias, Companion, RefusedClaim, TieGroup
 from tiepolicy._paths import parse_json
-from tiepolicy._verdicts import Decision, Reason, Verdict
 from tiepolicy.errors import CheckpointError, ManifestError, TiePolicyError
 
 FORMAT = "tiepolicy"

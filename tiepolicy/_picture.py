@@ -1,4 +1,4 @@
-"""Step 16, drawing: what is one tensor and what is not, as a small SVG picture that is also readable as text."""
+"""Step 12, drawing: what is one tensor and what is not, as a small SVG picture that is also readable as text."""
 
 import html
 import textwrap

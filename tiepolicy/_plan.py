@@ -1,4 +1,4 @@
-"""Step 19, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
+"""Step 15, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
 
 import functools
 import hashlib
@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from tiepolicy import _manifest, _picture, _table
-from tiepolicy._companions import Companion
+from tiepolicy._claims import Reason, Verdict
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle, unresolved
 from tiepolicy._external import ExternalTie, Owners, check_digest, take
 from tiepolicy._facts import TensorSpec
-from tiepolicy._groups import Alias, RefusedClaim, TieGroup, holds, is_one
-from tiepolicy._observe import Facts, observe
+from tiepolicy._groups import Alias, Companion, RefusedClaim, TieGroup, holds, is_one
+from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._retie import Keep, share
 from tiepolicy._values import first_difference, view_of
-from tiepolicy._verdicts import Reason, Verdict
 from tiepolicy.errors import BrokenTieError, MissingTensorError, ShapeMismatchError
 
 
@@ -207,7 +206,7 @@ class TiePlan:
             expanded |= {alias.name: view_of(owner, alias.view) for alias in group.aliases if alias.name not in untied}
         return expanded
 
-    def verify(self, model: nn.Module | Mapping[str, torch.Tensor], *, after: str = "") -> None:
+    def verify(self, model: TensorSource, *, after: str = "") -> None:
         """Check that every tie of the plan still holds in a model.
 
         What was one parameter must be one parameter: of two over one memory, each would have a gradient and an

@@ -1,31 +1,38 @@
-"""Step 23, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+"""Step 19, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
 import itertools
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import pluggy
-import torch
 from torch import nn
 
-from tiepolicy import _claims, _rules, _trace, hookspecs
-from tiepolicy._claims import Claim
-from tiepolicy._companions import Companion, companions_by_shape, joined
+from tiepolicy import _rules, _trace, hookspecs
+from tiepolicy._claims import Claim, Reason, Source, Verdict
 from tiepolicy._conflict import Conflict, Missing, Moment, Resolution, unresolved
 from tiepolicy._evidence import relate
 from tiepolicy._external import ExternalTie, Owners, find_external
-from tiepolicy._groups import Alias, RefusedClaim, TieGroup, group_by_memory, is_one
-from tiepolicy._joining import group_of, join, owners_of, pairs_of, without_accepted
-from tiepolicy._observe import Facts, observe
+from tiepolicy._groups import (
+    Alias,
+    Companion,
+    RefusedClaim,
+    TieGroup,
+    group_by_memory,
+    group_of,
+    is_one,
+    join,
+    join_companions,
+    owners_of,
+    pairs_of,
+    without_accepted,
+)
+from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._plan import TiePlan
 from tiepolicy._retie import Keep, share
-from tiepolicy._verdicts import Reason, Verdict
 from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
-
-Source = nn.Module | Mapping[str, torch.Tensor]
 
 
 class Policy:
@@ -65,13 +72,7 @@ class Policy:
         policy._manager.load_setuptools_entrypoints(hookspecs.PROJECT)
         return policy
 
-    def plan(
-        self,
-        source: Source,
-        *,
-        external: Owners | None = None,
-        digests: bool = False,
-    ) -> TiePlan:
+    def plan(self, source: TensorSource, *, external: Owners | None = None, digests: bool = False) -> TiePlan:
         """Decide which parameters and persistent buffers of a module, or tensors of a mapping, are one tensor.
 
         Reads no tensor data, except for `digests`. The plan depends on the model alone: not on the order of names, the
@@ -179,10 +180,10 @@ class Policy:
             self._check_type("tiepolicy_claims", claim, Claim)
         return claims
 
-    def _companions(self, source: Source, facts: Facts) -> tuple[Companion, ...]:
+    def _companions(self, source: TensorSource, facts: Facts) -> tuple[Companion, ...]:
         """What the built-in rule and the plugins call the companion of a tensor."""
         model = source if isinstance(source, nn.Module) else None
-        companions = companions_by_shape(facts)
+        companions = _rules.companions_by_shape(facts)
         for answer in self._ask("tiepolicy_companions", model=model, facts=facts):
             for companion in answer:
                 self._check_type("tiepolicy_companions", companion, Companion)
@@ -193,7 +194,7 @@ class Policy:
                         + (f"{absent[0]} is not in the model" if absent else "it belongs to nothing")
                     )
                 companions.append(companion)
-        return joined(companions)
+        return join_companions(companions)
 
     def _settle(self, claims: list[Claim], facts: Facts) -> tuple[list[TieGroup], list[tuple[str, ...]]]:
         """The groups that memory alone settles, and the sets of names that meet in memory and have to be judged.
@@ -238,7 +239,7 @@ class Policy:
         for names, claims in join(accepted):
             owners, relations = owners_of(names, facts)
             # A part of two tensors that only overlap may truly be claimed of both; its storage claim settles whose.
-            settled = [claim for claim in claims if claim.source is _claims.Source.STORAGE]
+            settled = [claim for claim in claims if claim.source is Source.STORAGE]
             if owners:
                 canonical = self._canonical(names, owners, claims, facts)
                 groups.append(group_of(canonical, names, relations if canonical == owners[0] else {}, facts))

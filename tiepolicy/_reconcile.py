@@ -1,15 +1,15 @@
-"""Step 24, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
+"""Step 20, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tiepolicy._claims import Reason
 from tiepolicy._conflict import Missing, Way, settle_missing
 from tiepolicy._evidence import View
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._plan import TiePlan
-from tiepolicy._verdicts import Reason
 from tiepolicy.errors import (
     DtypeMismatchError,
     ExternalOwnerError,

@@ -1,4 +1,4 @@
-"""Step 14, tying: names of a live module become one tensor, once it is known that no value is lost."""
+"""Step 10, tying: names of a live module become one tensor, once it is known that no value is lost."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -8,7 +8,7 @@ from torch import nn
 
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle
 from tiepolicy._groups import Alias, TieGroup
-from tiepolicy._modules import buffers_of, named_modules, parameters_of
+from tiepolicy._observe import buffers_of, named_modules, parameters_of
 from tiepolicy._values import first_difference, view_of
 from tiepolicy.errors import MissingTensorError, TiePolicyError
 

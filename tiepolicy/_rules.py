@@ -1,12 +1,12 @@
-"""Step 21, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
+"""Step 17, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
 
 from collections.abc import Hashable, Iterable
 
-from tiepolicy._claims import Claim, Source
+from tiepolicy._claims import Claim, Reason, Source, Verdict
 from tiepolicy._evidence import layout, relate, view_within
 from tiepolicy._facts import TensorFact
+from tiepolicy._groups import Companion
 from tiepolicy._observe import Facts
-from tiepolicy._verdicts import Reason, Verdict
 from tiepolicy.hookspecs import hookimpl
 
 # Ends of sentences that name the claim's second name first, as the one that is derived from the other.
@@ -69,6 +69,33 @@ def tiepolicy_canonical(group: tuple[str, ...], claims: tuple[Claim, ...]) -> st
     return min(sources.intersection(group), default=group[0])
 
 
+def companions_by_shape(facts: Facts) -> list[Companion]:
+    """Persistent buffers of integers or truth values that have one entry for each row of parameters of their module.
+
+    Args:
+        facts: What was seen of a module; a mapping has no buffers.
+
+    Returns:
+        Each with the parameters of its module, or of a module below, that have as many rows.
+    """
+    # By the module that holds it and the number of its entries.
+    maps: dict[tuple[str, int], list[str]] = {}
+    for name in facts.buffers():
+        tensor = facts.tensor(name)
+        if tensor.dim() == 1 and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            maps.setdefault((name.rpartition(".")[0], tensor.shape[0]), []).append(name)
+    if not maps:
+        return []
+    found: dict[str, list[str]] = {}
+    for name in facts:
+        tensor = facts.tensor(name)
+        if tensor.dim() > 1 and not facts.is_buffer(name):
+            for module in _modules_around(name):
+                for companion in maps.get((module, tensor.shape[0]), ()):
+                    found.setdefault(companion, []).append(name)
+    return [Companion(name, tuple(sorted(of))) for name, of in found.items()]
+
+
 def _absent(absent: list[str], facts: Facts) -> Verdict:
     for name in absent:
         module, _, attribute = name.rpartition(".")
@@ -126,3 +153,10 @@ def _reading_order(fact: TensorFact) -> tuple[int, int, bool, str]:
 
 def _claim(first: str, second: str) -> Claim:
     return Claim((first, second), Source.STORAGE, "the storage of their data")
+
+
+def _modules_around(name: str) -> Iterable[str]:
+    """The paths of the modules that a tensor lies in, from the innermost to the whole model."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -1,11 +1,10 @@
-"""Step 15, showing: a plan as a table for people, at most 100 columns wide where the names allow it."""
+"""Step 11, showing: a plan as a table for people, at most 100 columns wide where the names allow it."""
 
 from collections.abc import Mapping, Sequence
 
-from tiepolicy._companions import Companion
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
-from tiepolicy._groups import RefusedClaim, TieGroup
+from tiepolicy._groups import Companion, RefusedClaim, TieGroup
 
 #: Characters below which a column is not shortened.
 _MIN_COLUMN = 8

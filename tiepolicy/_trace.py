@@ -1,4 +1,4 @@
-"""Step 22, tracing: what each plugin is asked and answers, one line each, for authors of plugins.
+"""Step 18, tracing: what each plugin is asked and answers, one line each, for authors of plugins.
 
 On if the environment variable TIEPOLICY_TRACE is set (and is not 0) when a policy is made; otherwise nothing of this
 module runs.
@@ -12,10 +12,9 @@ from typing import Any, cast
 
 import pluggy
 
-from tiepolicy._claims import Claim
+from tiepolicy._claims import Claim, Verdict
 from tiepolicy._conflict import Conflict, Missing
 from tiepolicy._plan import TiePlan
-from tiepolicy._verdicts import Verdict
 
 VARIABLE = "TIEPOLICY_TRACE"
 

@@ -1,4 +1,4 @@
-"""Step 11, values: the only functions that touch the elements of tensors, to rebuild a view and to compare two."""
+"""Step 7, values: the only functions that touch the elements of tensors, to rebuild a view and to compare two."""
 
 import hashlib
 

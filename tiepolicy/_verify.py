@@ -1,4 +1,4 @@
-"""Step 30, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
+"""Step 26, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
 
 import functools
 import hashlib
@@ -23,10 +23,10 @@ from tiepolicy._contents import (
 )
 from tiepolicy._digests import DIGESTS, Seen, digest_problems, read_digests, unrecorded_problems
 from tiepolicy._facts import TensorSpec
+from tiepolicy._metadata import ChunkedTensor, Place, ShardedMetadata, parse_sharded_metadata
 from tiepolicy._paths import MANIFEST, METADATA, member, read_json
 from tiepolicy._plan import TiePlan
 from tiepolicy._safetensors import Header, read_header
-from tiepolicy._unpickling import ChunkedTensor, Place, ShardedMetadata, parse_sharded_metadata
 from tiepolicy.errors import TiePolicyError
 
 #: File of a DCP folder with the whole model as other tools read it.

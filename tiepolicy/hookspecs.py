@@ -1,4 +1,4 @@
-"""Step 20, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
+"""Step 16, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
 
 A plugin is any object or module with functions of these names:
 
@@ -17,12 +17,11 @@ from collections.abc import Iterable
 import pluggy
 from torch import nn
 
-from tiepolicy._claims import Claim
-from tiepolicy._companions import Companion
+from tiepolicy._claims import Claim, Verdict
 from tiepolicy._conflict import Conflict, Missing, Resolution
+from tiepolicy._groups import Companion
 from tiepolicy._observe import Facts
 from tiepolicy._plan import TiePlan
-from tiepolicy._verdicts import Verdict
 
 #: Name of the pluggy project and of the entry point group.
 PROJECT = "tiepolicy"

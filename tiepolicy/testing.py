@@ -1,4 +1,4 @@
-"""Step 39, for authors of plugins: models to test with, and a check of the laws. Needs `tiepolicy[testing]`.
+"""Step 34, for authors of plugins: models to test with, and a check of the laws. Needs `tiepolicy[testing]`.
 
 from tiepolicy.testing import check_plugin
 
@@ -6,33 +6,205 @@ def test_the_plugin_keeps_the_laws():
     check_plugin(my_plugin)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tiepolicy._cases import FIELD_VOCAB_SIZES as FIELD_VOCAB_SIZES
-from tiepolicy._cases import Config as Config
-from tiepolicy._cases import FlaggedPair as FlaggedPair
-from tiepolicy._cases import chain_tied_models as chain_tied_models
-from tiepolicy._cases import claims as claims
-from tiepolicy._cases import dtypes as dtypes
-from tiepolicy._cases import external_models as external_models
-from tiepolicy._cases import flagged_models as flagged_models
-from tiepolicy._cases import meta_models as meta_models
-from tiepolicy._cases import models as models
-from tiepolicy._cases import nested_models as nested_models
-from tiepolicy._cases import small_sizes as small_sizes
-from tiepolicy._cases import state_dicts as state_dicts
-from tiepolicy._cases import tensors_of
-from tiepolicy._cases import tied_models as tied_models
-from tiepolicy._cases import untied_models as untied_models
-from tiepolicy._cases import view_tied_models as view_tied_models
-from tiepolicy._cases import vocab_sizes as vocab_sizes
-from tiepolicy._laws import LAWS, Trial
+from tiepolicy._claims import Claim, Source
+from tiepolicy._laws import LAWS, Trial, tensors_of
+from tiepolicy._observe import TensorSource
 from tiepolicy.errors import BrokenLawError as BrokenLawError
+
+#: Sizes of real vocabularies and of the drafts made for them.
+FIELD_VOCAB_SIZES = [8192, 32000, 50257, 128256, 151936, 262144]
+
+
+class Config:
+    """A config with the one flag that claims."""
+
+    def __init__(self, *, tie_word_embeddings: bool) -> None:
+        self.tie_word_embeddings = tie_word_embeddings
+
+
+class FlaggedPair(nn.Module):
+    """An embedding and a head with a flag that says whether they are tied, and a tie that is there or is not.
+
+    Args:
+        flag: `config.tie_word_embeddings`.
+        vocab_size: Rows of `embed_tokens.weight`.
+        draft_vocab_size: Rows of `lm_head.weight`; equal to `vocab_size` if `tied`.
+        hidden_size: Columns of both.
+        tied: Whether the two are one parameter.
+    """
+
+    def __init__(
+        self, *, flag: bool, vocab_size: int, draft_vocab_size: int, hidden_size: int, tied: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = Config(tie_word_embeddings=flag)
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.lm_head = nn.Linear(hidden_size, draft_vocab_size, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+
+class FusedProjections(nn.Module):
+    """One fused weight, and parts of it as buffers that share its memory."""
+
+    def __init__(self, *, hidden_size: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        for part, name in zip(self.qkv.weight.data.chunk(3), "qkv", strict=True):
+            self.register_buffer(f"{name}_weight", part)
+
+
+def vocab_sizes() -> st.SearchStrategy[int]:
+    """Any vocabulary size a model may have; only for tensors without data."""
+    return st.integers(1, 300_000) | st.sampled_from(FIELD_VOCAB_SIZES)
+
+
+def small_sizes() -> st.SearchStrategy[int]:
+    """Sizes small enough for tensors with data, 1 included."""
+    return st.integers(1, 9)
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    """Types that weights are stored in."""
+    return st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+@st.composite
+def tied_models(draw: st.DrawFn) -> nn.Module:
+    """An embedding and a head that are one parameter, under either flag."""
+    vocab_size = draw(small_sizes())
+    return FlaggedPair(
+        flag=draw(st.booleans()),
+        vocab_size=vocab_size,
+        draft_vocab_size=vocab_size,
+        hidden_size=draw(small_sizes()),
+        tied=True,
+    )
+
+
+@st.composite
+def untied_models(draw: st.DrawFn) -> nn.Module:
+    """The same with two parameters of one shape, and the flag off."""
+    vocab_size = draw(small_sizes())
+    return FlaggedPair(flag=False, vocab_size=vocab_size, draft_vocab_size=vocab_size, hidden_size=draw(small_sizes()))
+
+
+@st.composite
+def flagged_models(draw: st.DrawFn, *, sizes: st.SearchStrategy[int] | None = None) -> nn.Module:
+    """The flag on, and shapes that differ: the head of a draft with a vocabulary of its own."""
+    first, second = draw(st.lists(sizes or small_sizes(), min_size=2, max_size=2, unique=True))
+    return FlaggedPair(flag=True, vocab_size=first, draft_vocab_size=second, hidden_size=draw(small_sizes()))
+
+
+@st.composite
+def view_tied_models(draw: st.DrawFn) -> nn.Module:
+    """A fused weight and its parts."""
+    return FusedProjections(hidden_size=draw(small_sizes()))
+
+
+@st.composite
+def chain_tied_models(draw: st.DrawFn) -> nn.Module:
+    """Three to five modules with one weight."""
+    first = nn.Linear(draw(small_sizes()), draw(small_sizes()), bias=False)
+    modules = [first]
+    for _ in range(draw(st.integers(2, 4))):
+        modules.append(nn.Linear(first.in_features, first.out_features, bias=False))
+        modules[-1].weight = first.weight
+    return nn.Sequential(*modules)
+
+
+@st.composite
+def nested_models(draw: st.DrawFn) -> nn.Module:
+    """Models within models, some of them under two names."""
+    parts = draw(st.lists(tied_models() | untied_models() | flagged_models(), min_size=1, max_size=3))
+    if draw(st.booleans()):
+        parts.append(parts[0])
+    return nn.Sequential(*parts) if draw(st.booleans()) else nn.Sequential(nn.Sequential(*parts))
+
+
+@st.composite
+def meta_models(draw: st.DrawFn) -> nn.Module:
+    """Models of any vocabulary size without data, tied and untied."""
+    with torch.device("meta"):
+        vocab_size, tied = draw(vocab_sizes()), draw(st.booleans())
+        return FlaggedPair(
+            flag=draw(st.booleans()),
+            vocab_size=vocab_size,
+            draft_vocab_size=vocab_size if tied else draw(vocab_sizes()),
+            hidden_size=draw(small_sizes()),
+            tied=tied,
+        )
+
+
+@st.composite
+def external_models(draw: st.DrawFn) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A draft and the models to plan it with, of which one may own its embedding: `plan(draft, external=owners)`."""
+    vocab_size, hidden_size = draw(small_sizes()), draw(small_sizes())
+    target = FlaggedPair(
+        flag=draw(st.booleans()),
+        vocab_size=vocab_size,
+        draft_vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        tied=draw(st.booleans()),
+    )
+    draft = FlaggedPair(
+        flag=draw(st.booleans()), vocab_size=vocab_size, draft_vocab_size=draw(small_sizes()), hidden_size=hidden_size
+    )
+    if draw(st.booleans()):
+        draft.embed_tokens = target.embed_tokens
+    return draft, {"target": target}
+
+
+def models() -> st.SearchStrategy[nn.Module]:
+    """All of them, small and simple ones first."""
+    return st.one_of(
+        untied_models(),
+        flagged_models(),
+        tied_models(),
+        chain_tied_models(),
+        view_tied_models(),
+        nested_models(),
+        meta_models(),
+    )
+
+
+@st.composite
+def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Mappings with tensors of their own, doubles, and views of every kind, in any order of names."""
+    tensors: list[torch.Tensor] = []
+    for _ in range(draw(st.integers(1, 3))):
+        rows, columns = draw(small_sizes()), draw(small_sizes())
+        base = torch.randn(rows, columns, dtype=draw(dtypes()))
+        tensors.append(base)
+        start = draw(st.integers(0, rows - 1))
+        stop = draw(st.integers(start, rows))
+        views = [base, base.detach(), base.t(), base[start:stop], base[:, : (columns + 1) // 2], base.view(-1)[start:]]
+        tensors += draw(st.lists(st.sampled_from(views), max_size=4))
+    names = draw(st.permutations([f"layer{index}.weight" for index in range(len(tensors))]))
+    return dict(zip(names, tensors, strict=True))
+
+
+@st.composite
+def claims(draw: st.DrawFn, *, names: Sequence[str]) -> Claim:
+    """Claims about two or more of some names and one that may be absent, from any source."""
+    candidates = [*sorted(names), "absent.weight"]
+    chosen = draw(st.lists(st.sampled_from(candidates), min_size=2, max_size=4, unique=True))
+    return Claim(tuple(chosen), draw(st.sampled_from(list(Source))), draw(st.sampled_from(["", "config.flag"])))
 
 
 def check_plugin(
@@ -103,7 +275,7 @@ def _check_law(
 
 @st.composite
 def _trials(draw: st.DrawFn, plugin: object, own: st.SearchStrategy[nn.Module] | None) -> Trial:
-    alone: list[st.SearchStrategy[nn.Module | Mapping[str, torch.Tensor]]] = [models(), state_dicts()]
+    alone: list[st.SearchStrategy[TensorSource]] = [models(), state_dicts()]
     sources = [case.map(lambda source: (source, None)) for case in ([own] if own is not None else []) + alone]
     source, external = draw(st.one_of(*sources, external_models()))
     names = sorted(tensors_of(source))

@@ -62,6 +62,8 @@ def _origins(module: str) -> dict[str, str]:
     for node in ast.parse(_source(module)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             origins[node.name] = module
+        elif isinstance(node, ast.Assign):
+            origins |= {target.id: module for target in node.targets if isinstance(target, ast.Name)}
         elif isinstance(node, ast.ImportFrom):
             origins |= {alias.name: node.module or "" for alias in node.names if alias.asname == alias.name}
     return origins

@@ -33,7 +33,7 @@ from models import TiedPair
 from tiepolicy import DIGESTS, TensorSpec, digests_text, measure
 from tiepolicy._cli import main
 from tiepolicy._contents import read_plan
-from tiepolicy._unpickling import MAX_METADATA_BYTES, parse_sharded_metadata
+from tiepolicy._metadata import MAX_METADATA_BYTES, parse_sharded_metadata
 from tiepolicy._verify import find_problems
 from tiepolicy.errors import CheckpointError, ShapeMismatchError, TiePolicyError
 from tiepolicy_dcp import CheckpointStore

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tiepolicy import TensorSpec, read_sharded_metadata
-from tiepolicy._unpickling import parse_sharded_metadata
+from tiepolicy._metadata import parse_sharded_metadata
 from tiepolicy.errors import CheckpointError, UntrustedCheckpointError
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
