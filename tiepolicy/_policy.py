@@ -42,6 +42,7 @@ class Policy:
     not call one tensor what cannot be rebuilt.
 
     Example:
+        >>> import torch
         >>> class Framework:
         ...     @hookspecs.hookimpl
         ...     def tiepolicy_canonical(self, group):
