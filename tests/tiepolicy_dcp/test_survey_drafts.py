@@ -21,7 +21,6 @@ def draft_of(target=None, **changes):
     return model
 
 
-@pytest.mark.survey("E03")
 def test_a_draft_whose_head_is_not_in_the_checkpoint_is_refused(tmp_path):
     """Whatever it declares; a random head would be served with an acceptance of zero."""
     plain_save({"model": {EMBED: torch.ones(12, 4)}}, tmp_path)

@@ -117,8 +117,22 @@ def test_today_tying_again_replaces_the_head_that_transformers_had_kept(tmp_path
     assert (96, 16) == tuple(loaded.lm_head.weight.shape)
 
 
+@pytest.mark.survey("E03")
+def test_a_draft_whose_head_is_in_no_file_is_not_given_a_random_one(tmp_path):
+    """SGLang served one, and is not installed here; today transformers makes one, with a line in its load report."""
+    model = DraftLlama(tiny_llama(tie_word_embeddings=False).config)
+    headless = {name: tensor for name, tensor in model.state_dict().items() if name != HEAD}
+    model.save_pretrained(tmp_path, state_dict=headless)
+    assert not torch.equal(model.lm_head.weight, DraftLlama.from_pretrained(tmp_path).lm_head.weight)
+    with pytest.raises(MissingTensorError, match=r"^lm_head.weight \(32, 16\) is not in"):
+        tiepolicy_hf.from_pretrained(DraftLlama, tmp_path)
+
+
+@pytest.mark.survey("T06")
 def test_a_head_that_is_in_no_file_is_an_error_that_says_why_the_embedding_is_none(tmp_path):
+    """Today transformers puts the embedding there, whatever its rows; so does NeMo, see `test_survey_automodel.py`."""
     target = tiepolicy_hf.save_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path / "target")
+    assert (96, 16) == tuple(DraftLlama.from_pretrained(target).lm_head.weight.shape)
     expected = (
         f"lm_head.weight (32, 16) is not in {target}, under its own name or an alias. It cannot be derived "
         "from another tensor: lm_head.weight (32, 16) and model.embed_tokens.weight (96, 16) cannot be one tensor: "
@@ -146,9 +160,22 @@ def two_values(folder):
     return model
 
 
+def test_today_two_values_that_transformers_kept_apart_become_one_by_the_next_resize(tmp_path):
+    two_values(tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert {2.0} == set(theirs.lm_head.weight.flatten().tolist())
+    theirs.resize_token_embeddings(100)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+
+
 @pytest.mark.survey("T51")
 def test_two_values_under_a_tie_flag_are_an_error_that_shows_the_choice(tmp_path):
+    """Today transformers keeps both, until something ties again."""
     two_values(tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert {2.0} == set(theirs.lm_head.weight.flatten().tolist())
+    theirs.resize_token_embeddings(100)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
     with pytest.raises(
         TieConflictError, match='Choose: on_conflict="untie" keeps both .* on_conflict="canonical" gives'
     ):
@@ -187,6 +214,7 @@ def test_a_plugin_chooses_before_anybody_else(tmp_path):
 
 @pytest.mark.survey("T09")
 def test_weights_that_diverged_under_a_tie_flag_are_both_saved(tmp_path):
+    """NeMo dropped one of them; `test_survey_automodel.py` shows that it no longer does."""
     model = two_values(tmp_path / "theirs")
     tiepolicy_hf.save_pretrained(model, tmp_path / "ours")
     loaded = tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path / "ours")

@@ -82,6 +82,7 @@ def test_a_head_that_only_the_text_flag_ties_comes_from_the_embedding(cls, tmp_p
 @pytest.mark.parametrize(("top", "text"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_whatever_the_flags_say_the_saved_ones_say_what_is(top, text, tied, tmp_path):
+    """Today a head that only one flag ties is lost, as the test above shows."""
     model = tiny(LlavaForConditionalGeneration, tied=tied)
     set_flags(model, top=top, text=text)
     tiepolicy_hf.save_pretrained(model, tmp_path / "model")
@@ -200,8 +201,11 @@ def test_a_tie_that_nobody_declared_is_stored_under_both_names_and_tied_when_loa
 
 @pytest.mark.survey("E04")
 def test_a_head_that_is_not_there_is_not_taken_for_a_tie(tmp_path):
-    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path)
+    """TensorRT-LLM did, and is not installed here; today transformers makes it random, with a line in its report."""
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
     without(tmp_path, "lm_head.weight")
+    assert not torch.equal(model.lm_head.weight, LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight)
     with pytest.raises(MissingTensorError, match=r"^lm_head.weight \(96, 16\) is not in"):
         tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
 
