@@ -197,7 +197,7 @@ def test_a_stage_that_has_only_the_head_reads_it_from_the_stored_name(tmp_path):
 
 @pytest.mark.survey("T07")
 def test_a_stage_whose_head_nothing_holds_is_refused_and_stays_as_it_was(tmp_path):
-    """Today the head that happens to be in memory passes for loaded; in NeMo so by default, `test_survey_automodel.py`."""
+    """Today what happens to be in memory passes for loaded; in NeMo always, see `test_survey_automodel.py`."""
     plain_save({"model": {"norm.weight": torch.ones(4)}}, tmp_path)
     stage = LastStage()
     before = stage.lm_head.weight.detach().clone()

@@ -43,7 +43,7 @@ def on_two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    cases = [*TRAINED, "shard_compiled", *ON_A_GRID, "save_trained", "save_hybrid"]
+    cases = [*TRAINED, *ON_A_GRID, "save_trained", "save_hybrid"]
     return results_of(RANKS, folder, cases, num_processes=4) | {"folder": folder}
 
 
@@ -128,10 +128,18 @@ def test_two_ranks_train_a_tied_model_as_one_process_does(on_two, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*TRAINED, "shard_compiled"])
+@pytest.mark.parametrize("case", TRAINED)
 def test_four_ranks_train_a_tied_model_as_one_process_does(on_four, case):
     check_trained(on_four[case])
     assert on_four[case].get("tied", True)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_one_process_does(tmp_path):
+    """By inductor, before sharding and after."""
+    for result in results_of(RANKS, tmp_path, ["shard_and_compile", "compile_and_shard"], num_processes=2).values():
+        check_trained(result)
+        assert (True, True) == (result["tied"], result["graphs"] > 0)
 
 
 @pytest.mark.slow
