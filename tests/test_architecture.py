@@ -26,7 +26,7 @@ FLOW = {
         _contents _digests _verify _diff _plugins _inspect _meter _cli __main__ __init__ _laws testing""",
     "tiepolicy_hf": "_declared _plugin _flags _folder _trust _save _load _trainer __init__",
     "tiepolicy_dcp": """errors _ranks _folder _devices _frames _pieces _files _archives _reader _writer
-        _state _extra _retention _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker
+        _groups _state _extra _retention _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker
         _async _store __init__""",
     "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel _pipeline __init__",
     "eagle3": """errors files config options conversations packing features tokens data vocab description target cache

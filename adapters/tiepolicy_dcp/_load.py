@@ -1,4 +1,4 @@
-"""Step 17, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 18, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,10 +32,11 @@ from tiepolicy.errors import ManifestError
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
 from tiepolicy_dcp._extra import TENSORS, VALUES, read_extra
 from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
+from tiepolicy_dcp._groups import decode, joined
 from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
 from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
-from tiepolicy_dcp._state import ModelState, OptimizerState, StateEntry, hyperparameters
+from tiepolicy_dcp._state import ModelState, OptimizerState, StateEntry, observed
 from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")
@@ -108,18 +109,22 @@ def load(
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external), stages=True)
     model_state = ModelState(model, plan=plan, external=external)
     optimizer_state = None if optimizer is None else OptimizerState(model, optimizer, plan=plan)
-    live = model_state.state_dict()
-    entries = {} if optimizer_state is None else optimizer_state.entries()
-    found = _check(folder, plan, entries, external=external or {}, verify=verify)
+    return _restore(folder, model_state, optimizer_state, verify=verify)
+
+
+def _restore(folder: Path, model: ModelState, optimizer: OptimizerState | None, *, verify: Verify) -> Restored:
+    plan = model.plan
+    live, entries = observed(model, optimizer)
+    found = _check(folder, plan, entries, external=model.external or {}, verify=verify)
     model_actions = settle_model(found.stored, found.actions, live=live, taken=found.taken, plan=plan)
     places = {name: entry.place for name, entry in entries.items()}
     states = {name: entry.tensor for name, entry in entries.items()}
     optimizer_actions = settle_optimizer(found.stored, found.optimizer_actions, places=places, live=states, plan=plan)
-    _check_groups(found, entries)
+    hyperparameters = _hyperparameters(found.stored, entries)
     _read(found, model_actions, live, optimizer_actions, states)
-    model_state.load_state_dict(live)
-    if optimizer_state is not None:
-        optimizer_state.load_state_dict(states, compared=True)
+    model.load_state_dict(live)
+    if optimizer is not None:
+        optimizer.fill(states, hyperparameters)
     return Restored(extra=found.extra, actions=tuple(found.actions), optimizer_actions=tuple(found.optimizer_actions))
 
 
@@ -204,19 +209,23 @@ def _saved(folder: Path, stored: Mapping[str, TensorSpec]) -> TiePlan | Mapping[
     return manifest
 
 
-def _check_groups(found: _Found, entries: Mapping[str, StateEntry]) -> None:
-    """Read the hyperparameters and refuse those of other parameters, before the model is touched."""
-    groups = {name: entry for name, entry in entries.items() if entry.group is not None}
-    if not any(on_all_ranks(lambda: bool(groups))):
-        return
-    read_tensors(found.stored, {name: (f"optimizer.{name}", entry.tensor) for name, entry in groups.items()})
+def _hyperparameters(stored: StoredTensors, entries: Mapping[str, StateEntry]) -> dict[str, dict[str, Any]]:
+    """Read them, and refuse those of other parameters, before the model is touched. Called by all ranks."""
+    encoded = {name: entry.tensor for name, entry in entries.items() if entry.group is not None}
+    # The live values are about to be replaced, so they may differ.
+    live = [entry.group._replace(values={}) for entry in entries.values() if entry.group is not None]
+    groups = joined(live)
+    if not any(on_all_ranks(lambda: bool(encoded))):
+        return {}
+    read_tensors(stored, {name: (f"optimizer.{name}", tensor) for name, tensor in encoded.items()})
+    decoded: dict[str, dict[str, Any]] = {}
 
     def check() -> None:
-        for entry in groups.values():
-            if entry.group is not None:
-                hyperparameters(entry.group, entry.tensor, compared=True)
+        for name, group in zip(encoded, groups, strict=True):
+            decoded[name] = decode(group, encoded[name], compared=True)
 
     on_all_ranks(check)
+    return decoded
 
 
 def _read(

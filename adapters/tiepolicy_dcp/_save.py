@@ -1,4 +1,4 @@
-"""Step 14, saving: plan, agree, write, flush, publish."""
+"""Step 15, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from tiepolicy import DIGESTS, FileRecord, Owners, TiePlan, digests_text, measur
 from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
 from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
 from tiepolicy_dcp._folder import discard, prepare, publish, write_manifest, write_text
+from tiepolicy_dcp._groups import encode, joined
 from tiepolicy_dcp._ranks import (
     agreed_plan,
     all_present,
@@ -29,7 +30,7 @@ from tiepolicy_dcp._ranks import (
 )
 from tiepolicy_dcp._retention import RECORD
 from tiepolicy_dcp._stages import store_once
-from tiepolicy_dcp._state import ModelState, OptimizerState
+from tiepolicy_dcp._state import ModelState, OptimizerState, observed
 from tiepolicy_dcp._writer import AliasWriter, Share, data_file, divide
 from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
@@ -65,7 +66,8 @@ def save(
         folder: A name that does not exist yet.
         model: What to save; sharded (DTensor) or replicated. The stages of a pipeline may each give their own, with
             the plan of the whole: what two of them own of one tensor must be equal, and is written once.
-        optimizer: Its optimizer, saved under the canonical names of the parameters.
+        optimizer: Its optimizer, saved under the canonical names of the parameters. Stages' groups of one position are
+            one group of the whole model.
         extra: Nested JSON values and tensors; what rank 0 passes is kept.
         plan: The model's plan; made by the default policy if not given.
         external: Other models, by the names to know them under: `save(folder, model=draft, external={"target": model})`
@@ -80,7 +82,8 @@ def save(
         UnsafeVerdictError: Before anything is written, if a plugin would lose a tensor.
         PlanMismatchError: On every rank, before anything is written, if ranks made different plans.
         TieConflictError: If names that are one tensor in the plan hold different values.
-        CheckpointError: If the folder exists or cannot be written; what was written so far is removed.
+        CheckpointError: If the folder exists or cannot be written; what was written so far is removed. If the stages of
+            a pipeline shard or optimize one tensor differently.
     """
     contents = collect(
         model=model,
@@ -121,15 +124,21 @@ def collect(
 ) -> Contents:
     """Find out what a checkpoint will hold, and that it can be written; the arguments are those of `save`."""
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external, digests=external is not None))
-    state = _state(model, optimizer, plan)
-    state["model"], is_part = store_once(state["model"], plan)
-    if is_part and (consolidated or optimizer is not None):
-        unfit = "a consolidated file" if consolidated else "their optimizers, whose groups differ"
+    optimizer_state = None if optimizer is None else OptimizerState(model, optimizer, plan=plan)
+    live, entries = observed(ModelState(model, plan=plan), optimizer_state)
+    _check_tensors(live)
+    groups = joined([entry.group for entry in entries.values() if entry.group is not None])
+    stored, is_part = store_once(live, entries.values(), plan)
+    if is_part and consolidated:
         raise CheckpointError(
-            "the ranks hold different parts of one model, as the stages of a pipeline do: one checkpoint takes their "
-            f"tensors, but not yet {unfit}. Nothing was written. Save the model alone, and each stage's OptimizerState "
-            "with dcp.save under a key of its own"
+            "the ranks hold different parts of one model, as the stages of a pipeline do, and a consolidated file is "
+            "gathered from ranks that hold it all. Nothing was written. Load the stages' checkpoint into the whole "
+            "model, and save that"
         )
+    state = {"model": stored}
+    if entries:
+        state["optimizer"] = {name: entry.tensor for name, entry in entries.items()}
+        state["optimizer"] |= {f"param_groups.{group.position}": encode(group) for group in groups}
     packed = on_all_ranks(lambda: pack_extra(extra or {}) if is_first_rank() else Extra())[rank()]
     whole = _gather(model, plan) if consolidated else None
     return Contents(plan=plan, state=state, extra=packed, whole=whole, digests=digests)
@@ -190,17 +199,13 @@ def _write(share: Share, *, digest: bool) -> Callable[[Path], Written]:
     return lambda path: write_tensors(path, share.tensors(), digest=digest)
 
 
-def _state(model: nn.Module, optimizer: Optimizer | None, plan: TiePlan) -> dict[str, dict[str, torch.Tensor]]:
-    state = {"model": ModelState(model, plan=plan).state_dict()}
-    if optimizer is not None:
-        state["optimizer"] = OptimizerState(model, optimizer, plan=plan).state_dict()
-    for name, value in state["model"].items():
+def _check_tensors(live: Mapping[str, Any]) -> None:
+    for name, value in live.items():
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
                 f"{name} is a {type(value).__name__}; only tensors are saved, since reading anything else back would "
                 "run a pickle. Hand it over in `extra`, as JSON or tensors"
             )
-    return state
 
 
 def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:

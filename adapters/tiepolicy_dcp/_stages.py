@@ -1,6 +1,6 @@
-"""Step 13, stages: the ranks of a pipeline hold parts of one model, and a tie between two of them is stored once."""
+"""Step 14, stages: the ranks of a pipeline hold parts of one model, and a tie between two of them is stored once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,30 +9,33 @@ from torch.distributed.tensor import DTensor
 from tiepolicy import TiePlan, content_digest
 from tiepolicy.errors import MissingTensorError, TieConflictError
 from tiepolicy_dcp._ranks import on_all_ranks
+from tiepolicy_dcp._state import StateEntry
 from tiepolicy_dcp.errors import CheckpointError
-
-# Names of one tied tensor that a rank holds, by canonical name.
-Held = Mapping[str, Sequence[str]]
 
 
 class _Half(NamedTuple):
     """What a rank has of a tied tensor."""
 
     name: str
-    #: Which part of the tensor it is, in words that are equal for equal parts on the ranks of either stage.
+    #: Which part of the tensor or of its optimizer state it is, in words that are equal on the ranks of either stage.
     part: str
     digest: str
 
 
-def store_once(model: Mapping[str, torch.Tensor], plan: TiePlan) -> tuple[dict[str, torch.Tensor], bool]:
+def store_once(
+    model: Mapping[str, torch.Tensor], optimizer: Iterable[StateEntry], plan: TiePlan
+) -> tuple[dict[str, torch.Tensor], bool]:
     """Leave out what another rank stores under the canonical name. Called by all ranks, with the plan of the whole.
+
+    What stages have of one optimizer state has one name already; as weights, it must be equal.
 
     Args:
         model: The state of this rank's part, as `ModelState` gives it.
+        optimizer: The state of its optimizer.
         plan: The plan of the whole model, equal on all ranks.
 
     Returns:
-        The state without those names, and whether the ranks hold different parts at all.
+        The model's state without those names, and whether the ranks hold different parts at all.
 
     Raises:
         MissingTensorError: If no rank holds a name of the plan.
@@ -56,23 +59,30 @@ def store_once(model: Mapping[str, torch.Tensor], plan: TiePlan) -> tuple[dict[s
         for group in plan.groups
         if any(group.canonical not in part and set(group.names).intersection(part) for part in parts)
     ]
-    halves = on_all_ranks(lambda: {canonical: _halves(model, plan, canonical) for canonical in crossing})
+    states = [entry for entry in optimizer if entry.place is not None and entry.place[0] in crossing]
+    halves = on_all_ranks(lambda: {canonical: _halves(model, states, plan, canonical) for canonical in crossing})
     for canonical in crossing:
         _check_equal([half for of_rank in halves for half in of_rank[canonical]])
     others = {alias.name for canonical in crossing for alias in plan.whole_aliases(canonical)}
     return {name: tensor for name, tensor in model.items() if name not in others}, True
 
 
-def _halves(model: Mapping[str, torch.Tensor], plan: TiePlan, canonical: str) -> list[_Half]:
-    names = [canonical, *(alias.name for alias in plan.whole_aliases(canonical))]
-    return [_half(name, model[name]) for name in names if name in model]
+def _halves(
+    model: Mapping[str, torch.Tensor], states: Sequence[StateEntry], plan: TiePlan, canonical: str
+) -> list[_Half]:
+    names = [name for name in (canonical, *(alias.name for alias in plan.whole_aliases(canonical))) if name in model]
+    halves = [_half(name, "weight", model[name]) for name in names]
+    for tensor, place, _ in states if names else ():
+        if place is not None and place[0] == canonical:
+            halves.append(_half(names[0], place[1], tensor))
+    return halves
 
 
-def _half(name: str, tensor: torch.Tensor) -> _Half:
+def _half(name: str, what: str, tensor: torch.Tensor) -> _Half:
     if not isinstance(tensor, DTensor):
-        return _Half(name, "all of it", content_digest(tensor.detach()))
+        return _Half(name, f"all of its {what}", content_digest(tensor.detach()))
     mesh = tensor.device_mesh
-    part = f"part {mesh.get_coordinate()} of {tuple(tensor.placements)} over {tuple(mesh.shape)}"
+    part = f"part {mesh.get_coordinate()} of its {what}, {tuple(tensor.placements)} over {tuple(mesh.shape)}"
     return _Half(name, part, content_digest(tensor.to_local().detach()))
 
 
@@ -83,9 +93,9 @@ def _check_equal(halves: list[_Half]) -> None:
     for half in halves:
         if half.part not in parts:
             raise CheckpointError(
-                f"{first} and {half.name} are one tensor in the model, and two ranks hold it sharded differently "
-                f"({half.part}, but {min(parts)}), so they cannot be compared. Nothing was written. Shard both "
-                "stages alike"
+                f"{first} and {half.name} are one tensor in the model, but two ranks shard or optimize it differently: "
+                f"{half.name} has {half.part}, which {first} has not. Nothing was written. Shard both stages "
+                "alike, and give both halves to optimizers of one kind"
             )
         if half.digest != parts[half.part]:
             raise TieConflictError(

@@ -1,8 +1,6 @@
-"""Step 10, state: what of a model and an optimizer goes into a checkpoint, tied tensors once and nothing pickled."""
+"""Step 11, state: what of a model and an optimizer goes into a checkpoint, tied tensors once and nothing pickled."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +18,9 @@ from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import Owners, TiePlan
+from tiepolicy_dcp._groups import Group, decode, encode
+from tiepolicy_dcp._ranks import on_all_ranks
 from tiepolicy_dcp.errors import CheckpointError
-
-#: Bytes kept for the hyperparameters of one parameter group, as JSON padded with spaces. Fixed, since a loader must
-#: make room for a tensor before it has seen it.
-HYPERPARAMETER_BYTES = 4096
 
 
 class StateEntry(NamedTuple):
@@ -34,16 +30,7 @@ class StateEntry(NamedTuple):
     #: Canonical name of the parameter, and which of its states this is; None for a group's hyperparameters.
     place: tuple[str, str] | None
     #: Of hyperparameters, the group they are for.
-    group: "Group | None"
-
-
-class Group(NamedTuple):
-    """The parameters of one group, in words that do not depend on ties."""
-
-    position: int
-    #: Every name of each parameter, sorted: two parameters have the names that one has when they are tied.
-    names: tuple[str, ...]
-    num_parameters: int
+    group: Group | None
 
 
 class ModelState(Stateful):
@@ -126,30 +113,35 @@ class OptimizerState(Stateful):
                     flat[f"state.{name}.{key}"] = StateEntry(torch.as_tensor(value), (name, key), None)
         for index, values in enumerate(live["param_groups"]):
             group = self._group(index, values, stored_as)
-            flat[f"param_groups.{index}"] = StateEntry(_encode(group, values), None, group)
+            flat[f"param_groups.{index}"] = StateEntry(encode(group), None, group)
         return flat
 
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *, compared: bool = False) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Give every parameter its state and every group its hyperparameters.
+
+        A plain `dcp.load` reads one state of each parameter and looks at no other.
 
         Args:
             state_dict: Values for all names of `state_dict()`.
-            compared: Whether somebody has made sure that what is one parameter here had one state when it was saved.
-                `tiepolicy_dcp.load` does; a plain `dcp.load` reads one state and looks at no other.
 
         Raises:
-            CheckpointError: If a parameter group holds other parameters than it did when saved.
+            CheckpointError: If a parameter group holds other parameters than it did when saved, or fewer, as names are
+                tied that were not.
         """
+        groups = {name: entry.group for name, entry in self.entries().items() if entry.group is not None}
+        self.fill(state_dict, {name: decode(group, state_dict[name], compared=False) for name, group in groups.items()})
+
+    def fill(self, states: Mapping[str, torch.Tensor], hyperparameters: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give every parameter its state, and every group its hyperparameters, by the names of `state_dict()`."""
         live = self._live()
         stored_as = self._stored_names(live)
         for name, state in live["state"].items():
             for key, value in state.items():
                 if value is not None:
-                    loaded = state_dict[f"state.{stored_as[name]}.{key}"]
+                    loaded = states[f"state.{stored_as[name]}.{key}"]
                     state[key] = loaded if isinstance(value, torch.Tensor) else type(value)(loaded.item())
         for index, values in enumerate(live["param_groups"]):
-            group = self._group(index, values, stored_as)
-            values.update(hyperparameters(group, state_dict[f"param_groups.{index}"], compared=compared))
+            values.update(hyperparameters[f"param_groups.{index}"])
         set_optimizer_state_dict(self.model, self.optimizer, live)
 
     def _live(self) -> dict[str, Any]:
@@ -182,11 +174,24 @@ class OptimizerState(Stateful):
         return names
 
     def _group(self, index: int, values: Mapping[str, Any], stored_as: Mapping[str, str]) -> Group:
-        names = {stored_as[name] for name in values["params"]}
-        others = set(stored_as.values()) - names
-        for name in sorted(names):
-            names |= {alias.name for alias in self.plan.whole_aliases(name)} - others
-        return Group(index, tuple(sorted(names)), len(values["params"]))
+        parameters = tuple(sorted(stored_as[name] for name in values["params"]))
+        others = set(stored_as.values()).difference(parameters)
+        aliases = {alias.name for name in parameters for alias in self.plan.whole_aliases(name)}
+        plain = {key: _plain(value) for key, value in values.items() if key != "params"}
+        return Group(index, tuple(sorted((aliases - others).union(parameters))), parameters, plain)
+
+
+def observed(model: ModelState, optimizer: OptimizerState | None) -> tuple[dict[str, Any], dict[str, StateEntry]]:
+    """The live tensors of a model and the entries of its optimizer. Called by all ranks: one's error is that of all."""
+    live: dict[str, Any] = {}
+    entries: dict[str, StateEntry] = {}
+
+    def look() -> None:
+        live.update(model.state_dict())
+        entries.update({} if optimizer is None else optimizer.entries())
+
+    on_all_ranks(look)
+    return live, entries
 
 
 def _is_in_place(own: Any, value: Any) -> bool:
@@ -205,57 +210,6 @@ def _is_in_place(own: Any, value: Any) -> bool:
         value.data_ptr(),
     )
     return same and own.device == value.device
-
-
-def hyperparameters(group: Group, encoded: torch.Tensor, *, compared: bool) -> dict[str, Any]:
-    """Decode what `OptimizerState` stores of one parameter group.
-
-    Args:
-        group: The live group.
-        encoded: What was stored.
-        compared: Whether it is known that each live parameter had one state when it was saved.
-
-    Raises:
-        CheckpointError: If the group held other parameters, or the values are damaged.
-    """
-    try:
-        saved = json.loads(bytes(encoded.tolist()))
-        digest, num_parameters, values = saved["names"], int(saved["num_parameters"]), dict(saved["values"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the hyperparameters of parameter group {group.position} are damaged: {error}"
-        ) from error
-    if digest != _digest(group.names):
-        raise CheckpointError(
-            f"parameter group {group.position} holds other parameters than when it was saved: build the optimizer with "
-            "the same groups, or load the model without its optimizer"
-        )
-    if num_parameters > group.num_parameters and not compared:
-        raise CheckpointError(
-            f"parameter group {group.position} had {num_parameters} parameters when it was saved and has "
-            f"{group.num_parameters}, as names are tied that were not: plain DCP cannot tell which of their states is "
-            "right. Use tiepolicy_dcp.load, which compares them, or load the model without its optimizer"
-        )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
-def _encode(group: Group, values: Mapping[str, Any]) -> torch.Tensor:
-    saved = {
-        "names": _digest(group.names),
-        "num_parameters": group.num_parameters,
-        "values": {key: _plain(value) for key, value in values.items() if key != "params"},
-    }
-    encoded = json.dumps(saved).encode()
-    if len(encoded) > HYPERPARAMETER_BYTES:
-        raise CheckpointError(
-            f"the hyperparameters of parameter group {group.position} take {len(encoded)} bytes as JSON, more than the "
-            f"{HYPERPARAMETER_BYTES} that fit; keep large values out of the optimizer's param_groups"
-        )
-    return torch.frombuffer(bytearray(encoded.ljust(HYPERPARAMETER_BYTES)), dtype=torch.uint8)
-
-
-def _digest(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -1,15 +1,15 @@
 """What the stages of a pipeline do in `test_staged.py`: `torchrun staged.py FOLDER CASE...`, as in `sharded.py`."""
 
+import functools
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from tower import DEVICE, STEPS, Layer, Tower, batch, distance, message, run, tower, train, whole
+from tower import DEVICE, STEPS, Layer, Tower, batch, digests, distance, message, run, tower, train, whole
 
 import tiepolicy
 import tiepolicy_dcp
@@ -199,29 +199,61 @@ def save_and_load():
 
 
 def resume():
-    """Stop after a step and go on in stages with other weights; each optimizer lies under a key of its own."""
+    """Stop after a step and go on: in stages with other weights, and in the whole model and stages cut from it."""
     mesh = grid()
     index = mesh["pp"].get_local_rank()
     names = {"plan": whole_plan(), "group": mesh["pp"].get_group()}
-    stages = [cut(tower(), index), cut(Tower().to(DEVICE), index)]
+    stages = [cut(tower(), index), *(cut(Tower().to(DEVICE), index) for _ in range(2))]
     for module in stages:
         if mesh["dp"].size() > 1:
             tiepolicy_fsdp2.fully_shard(module, blocks=[Layer], mesh=mesh["dp"])
-    stage, fresh = stages
-    ties = tiepolicy_fsdp2.tie_stages(stage, **names)
-    optimizer = run_steps(stage, mesh, Schedule1F1B, sync=True, steps=range(1), ties=ties)
-    tiepolicy_dcp.save(FOLDER / "stopped", model=stage, plan=whole_plan())
-    dcp.save({f"stage{index}": tiepolicy_dcp.OptimizerState(stage, optimizer)}, checkpoint_id=FOLDER / "optimizers")
-    run_steps(stage, mesh, Schedule1F1B, sync=True, steps=range(1, STEPS), ties=ties, optimizer=optimizer)
+    optimizers = [grouped(module, lr=lr) for module, lr in zip(stages, (0.05, 0.5, 0.5), strict=True)]
+    go = functools.partial(run_steps, mesh=mesh, schedule_class=Schedule1F1B, sync=True)
+    ties = tiepolicy_fsdp2.tie_stages(stages[0], **names)
+    go(stages[0], steps=range(1), ties=ties, optimizer=optimizers[0])
+    with tiepolicy_dcp.CheckpointStore(FOLDER / "run") as store:
+        store.save("stopped", model=stages[0], optimizer=optimizers[0], plan=whole_plan())
+        store.async_save("again", model=stages[0], optimizer=optimizers[0], plan=whole_plan()).result()
+        stopped = digests(stages[0], optimizers[0])
+        go(stages[0], steps=range(1, STEPS), ties=ties, optimizer=optimizers[0])
+        restored = store.load("stopped", model=stages[1], optimizer=optimizers[1])
 
-    tiepolicy_dcp.load(FOLDER / "stopped", model=fresh)
-    optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.5)
-    dcp.load({f"stage{index}": tiepolicy_dcp.OptimizerState(fresh, optimizer)}, checkpoint_id=FOLDER / "optimizers")
-    ties = tiepolicy_fsdp2.tie_stages(fresh, **names)
-    run_steps(fresh, mesh, Schedule1F1B, sync=True, steps=range(1, STEPS), ties=ties, optimizer=optimizer)
-    expected = dict(stage.named_parameters())
-    same = all(torch.equal(whole(parameter), whole(expected[name])) for name, parameter in fresh.named_parameters())
-    return {"same": all(both(same))}
+        model = Tower().to(DEVICE)
+        optimizer = grouped(model, lr=0.5)
+        store.load("again", model=model, optimizer=optimizer)
+        as_one = digests(model, optimizer)
+        store.save("as_one", model=model, optimizer=optimizer)
+        store.load("as_one", model=stages[2], optimizer=optimizers[2])
+    bits = [digests(*pair) for pair in zip(stages[1:], optimizers[1:], strict=True)]
+    groups = [[{**group, "params": []} for group in one.param_groups] for one in (*optimizers, optimizer)]
+    go(stages[1], steps=range(1, STEPS), ties=tiepolicy_fsdp2.tie_stages(stages[1], **names), optimizer=optimizers[1])
+    return {
+        "loaded": all(both([stopped, stopped] == bits)),
+        "as_one": all(both(len(stopped) > 8 and stopped.items() <= (as_one | renamed(as_one)).items())),
+        "groups": all(both(all(one == groups[0] for one in groups) and 2 == len(groups[0]))),
+        "resumed": all(both(digests(stages[0], optimizers[0]) == digests(stages[1], optimizers[1]))),
+        "notes": [action.note for actions in both(restored.optimizer_actions) for action in actions if action.note],
+    }
+
+
+def grouped(model, *, lr):
+    """AdamW without decay for what is no matrix."""
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1]},
+        {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def renamed(bits):
+    """Digests under the names of the halves that the whole model does not list."""
+    halves = {"lm_head": "embed_tokens", "layers.1.up": "layers.0.up"}
+    return {
+        name.replace(stored, half): digest
+        for half, stored in halves.items()
+        for name, digest in bits.items()
+        if name.startswith(f"{stored}.weight")
+    }
 
 
 def save_a_drifted_pair():
@@ -229,8 +261,7 @@ def save_a_drifted_pair():
     if dist.get_rank() == 1:
         with torch.no_grad():
             half(stage)[3, 2] += 1
-    save = lambda: tiepolicy_dcp.save(FOLDER / "drifted", model=stage, plan=whole_plan())  # noqa: E731
-    return {"error": message(save), "written": sorted(path.name for path in FOLDER.glob("*drifted*"))}
+    return refused("drifted", stage, None)
 
 
 def save_one_stage_twice():
@@ -238,14 +269,44 @@ def save_one_stage_twice():
     return {"error": message(lambda: tiepolicy_dcp.save(FOLDER / "half", model=stage, plan=whole_plan()))}
 
 
-def save_with_optimizers():
+def save_a_drifted_state():
+    """The weights are equal still, the next step would part them."""
     stage = cut(tower(), dist.get_rank())
     optimizer = torch.optim.AdamW(stage.parameters())
+    half(stage).grad = torch.full_like(half(stage), float(dist.get_rank()))
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    return refused("drifted_state", stage, optimizer)
 
+
+def save_with_other_hyperparameters():
+    stage = cut(tower(), dist.get_rank())
+    return refused("rates", stage, torch.optim.AdamW(stage.parameters(), lr=0.1 + dist.get_rank()))
+
+
+def save_halves_in_two_groups():
+    stage = cut(tower(), dist.get_rank())
+    others = [parameter for parameter in stage.parameters() if parameter is not half(stage)]
+    groups = [{"params": [half(stage)]}, {"params": others}]
+    return refused("groups", stage, torch.optim.AdamW(groups[:: (1, -1)[dist.get_rank()]]))
+
+
+def save_halves_of_which_one_is_optimized():
+    stage = cut(tower(), dist.get_rank())
+    trained = [p for p in stage.parameters() if p is not half(stage)] if dist.get_rank() == 0 else stage.parameters()
+    return refused("optimized", stage, torch.optim.AdamW(trained))
+
+
+def save_stages_consolidated():
+    stage = cut(tower(), dist.get_rank())
+    return refused("consolidated", stage, None, consolidated=True)
+
+
+def refused(name, stage, optimizer, **options):
     def save():
-        tiepolicy_dcp.save(FOLDER / "trained", model=stage, optimizer=optimizer, plan=whole_plan())
+        tiepolicy_dcp.save(FOLDER / name, model=stage, optimizer=optimizer, plan=whole_plan(), **options)
 
-    return {"error": message(save)}
+    return {"error": message(save), "written": sorted(path.name for path in FOLDER.glob(f"*{name}*"))}
 
 
 FOLDER = Path(sys.argv[1])
