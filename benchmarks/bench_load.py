@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import tiepolicy
 import tiepolicy_dcp
+from tiepolicy.files import FileRecord
 from tiepolicy_dcp._files import Written
 from tiepolicy_dcp._reader import StoredTensors
 from tiepolicy_dcp._writer import Share
@@ -290,7 +291,7 @@ def finish_job(folder: Path, num_ranks: int, num_shards: int, begun: list[Row]) 
 
 def results_of(rank: int, plan: Any) -> Any:
     """What a rank says when it has written a plan."""
-    record = tiepolicy.FileRecord(16 * len(plan.items), "0" * 32)
+    record = FileRecord(16 * len(plan.items), "0" * 32)
     share = Share(rank=rank, names={}, planner=None, plan=plan, metadata=None)  # type: ignore[arg-type] # not asked
     return share.results(Written([(16 * index, 16) for index, _ in enumerate(plan.items)], record)), record
 

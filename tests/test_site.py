@@ -36,7 +36,7 @@ def test_every_setting_is_in_the_tables_with_a_meaning():
     assert [] == [name for name, row in zip(names, rows, strict=True) if not row[-1].strip().endswith(".")]
 
 
-@pytest.mark.parametrize("module", ["tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2"])
+@pytest.mark.parametrize("module", ["tiepolicy", "tiepolicy.files", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2"])
 def test_every_public_name_is_on_the_page_of_its_package(module):
     from sitegen.api import api, exported
 

@@ -13,16 +13,6 @@ from tiepolicy._conflict import Moment as Moment
 from tiepolicy._conflict import Resolution as Resolution
 from tiepolicy._conflict import Way as Way
 from tiepolicy._conflict import settle as settle
-from tiepolicy._digests import DIGESTS as DIGESTS
-from tiepolicy._digests import Digest as Digest
-from tiepolicy._digests import FileRecord as FileRecord
-from tiepolicy._digests import Verify as Verify
-from tiepolicy._digests import check_files as check_files
-from tiepolicy._digests import check_recorded as check_recorded
-from tiepolicy._digests import digests_text as digests_text
-from tiepolicy._digests import measure as measure
-from tiepolicy._digests import new_digest as new_digest
-from tiepolicy._digests import read_digests as read_digests
 from tiepolicy._evidence import View as View
 from tiepolicy._external import ExternalTie as ExternalTie
 from tiepolicy._external import Owners as Owners
@@ -33,18 +23,10 @@ from tiepolicy._groups import Alias as Alias
 from tiepolicy._groups import Companion as Companion
 from tiepolicy._groups import RefusedClaim as RefusedClaim
 from tiepolicy._groups import TieGroup as TieGroup
-from tiepolicy._metadata import ChunkedTensor as ChunkedTensor
-from tiepolicy._metadata import read_sharded_metadata as read_sharded_metadata
 from tiepolicy._observe import Facts as Facts
 from tiepolicy._observe import TensorSource
 from tiepolicy._observe import named_modules as named_modules
 from tiepolicy._observe import observe as observe
-from tiepolicy._paths import MANIFEST_KEY as MANIFEST_KEY
-from tiepolicy._paths import member as member
-from tiepolicy._paths import read_json as read_json
-from tiepolicy._pickles import Record as Record
-from tiepolicy._pickles import RecordUnpickler as RecordUnpickler
-from tiepolicy._pickles import record as record
 from tiepolicy._plan import TiePlan as TiePlan
 from tiepolicy._policy import Policy as Policy
 from tiepolicy._policy import default_policy
@@ -52,7 +34,6 @@ from tiepolicy._reconcile import Action as Action
 from tiepolicy._reconcile import ActionKind as ActionKind
 from tiepolicy._reconcile import reconcile as reconcile
 from tiepolicy._retie import Keep as Keep
-from tiepolicy._safetensors import read_header as read_header
 from tiepolicy._table import format_bytes as format_bytes
 from tiepolicy._values import content_digest as content_digest
 from tiepolicy._values import first_difference as first_difference

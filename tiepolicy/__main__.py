@@ -1,4 +1,4 @@
-"""Step 32, `python -m tiepolicy`: the commands of `tiepolicy`."""
+"""Step 33, `python -m tiepolicy`: the commands of `tiepolicy`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Step 31, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 32, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import importlib

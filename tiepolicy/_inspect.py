@@ -1,4 +1,4 @@
-"""Step 29, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
+"""Step 30, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Step 30, waiting: how much was read so far, for a person who looks on, once it takes more than a second."""
+"""Step 31, waiting: how much was read so far, for a person who looks on, once it takes more than a second."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Step 28, plugins: which ones the default policy found, and where they come from."""
+"""Step 29, plugins: which ones the default policy found, and where they come from."""
 
 from dataclasses import dataclass
 from importlib import metadata

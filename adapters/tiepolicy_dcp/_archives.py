@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from tiepolicy import Record, RecordUnpickler, record
+from tiepolicy.files import Record, RecordUnpickler, record
 from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
 from tiepolicy_dcp._frames import STORAGES, contiguous_stride
 from tiepolicy_dcp.errors import CheckpointError

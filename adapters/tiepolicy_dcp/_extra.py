@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tiepolicy import member
+from tiepolicy.files import member
 from tiepolicy_dcp._files import write_safetensors
 from tiepolicy_dcp._folder import read_json, write_text
 from tiepolicy_dcp.errors import CheckpointError

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tiepolicy import FileRecord
+from tiepolicy.files import FileRecord
 from tiepolicy_dcp._devices import Streams, as_bytes
 from tiepolicy_dcp._folder import flush_file, naming
 from tiepolicy_dcp._frames import frame

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import tiepolicy
-from tiepolicy import TiePlan, member
+from tiepolicy import TiePlan, files
 from tiepolicy.errors import ManifestError
+from tiepolicy.files import member
 from tiepolicy_dcp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -150,7 +150,7 @@ def read_json(path: Path, *, allow_nan: bool = False) -> Mapping[str, Any] | Non
         CheckpointError: If the file is not JSON, no object, or not in its folder.
     """
     try:
-        return tiepolicy.read_json(member(path.parent, path.name), allow_nan=allow_nan)
+        return files.read_json(member(path.parent, path.name), allow_nan=allow_nan)
     except CheckpointError:
         if os.path.lexists(path):
             raise

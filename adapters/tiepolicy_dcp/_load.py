@@ -12,23 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import (
-    DIGESTS,
-    Action,
-    ActionKind,
-    FileRecord,
-    Owners,
-    TensorSpec,
-    TiePlan,
-    Verify,
-    check_files,
-    check_recorded,
-    read_digests,
-    reconcile,
-    take,
-    view_of,
-)
+from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
+from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, read_digests
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
 from tiepolicy_dcp._extra import TENSORS, VALUES, read_extra
 from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from tiepolicy import FileRecord, new_digest
+from tiepolicy.files import FileRecord, new_digest
 from tiepolicy_dcp._devices import PIECE_BYTES, Streams, pieces, write_at
 
 #: Enough to keep a disk busy.

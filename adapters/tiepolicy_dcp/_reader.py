@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from tiepolicy import ChunkedTensor, TensorSpec, read_sharded_metadata
+from tiepolicy import TensorSpec
+from tiepolicy.files import ChunkedTensor, read_sharded_metadata
 from tiepolicy_dcp._archives import ArchiveReader
 from tiepolicy_dcp._ranks import all_present, is_distributed
 from tiepolicy_dcp.errors import CheckpointError, UntrustedCheckpointError

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import DIGESTS, FileRecord, Owners, TiePlan, digests_text, measure
+from tiepolicy import Owners, TiePlan
+from tiepolicy.files import DIGESTS, FileRecord, digests_text, measure
 from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
 from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
 from tiepolicy_dcp._folder import discard, prepare, publish, write_manifest, write_text

@@ -9,8 +9,9 @@ from typing import Any, Self
 from torch import nn
 from torch.optim import Optimizer
 
-from tiepolicy import Owners, TiePlan, Verify
+from tiepolicy import Owners, TiePlan
 from tiepolicy.errors import TiePolicyError
+from tiepolicy.files import Verify
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
 from tiepolicy_dcp._folder import delete, remove_leftovers
 from tiepolicy_dcp._load import Restored, load

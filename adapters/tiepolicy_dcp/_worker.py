@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiepolicy import FileRecord
+from tiepolicy.files import FileRecord
 from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._staging import Place, mapped, views
 from tiepolicy_dcp.errors import CheckpointError

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tiepolicy import DIGESTS, MANIFEST_KEY, member, read_header, read_json
 from tiepolicy.errors import CheckpointError
+from tiepolicy.files import DIGESTS, MANIFEST_KEY, member, read_header, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

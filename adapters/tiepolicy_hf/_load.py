@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 import tiepolicy
-from tiepolicy import Conflict, Moment, Policy, TiePlan, Verify, first_difference, settle
+from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
 from tiepolicy.errors import (
     CheckpointError,
     MissingTensorError,
@@ -26,6 +26,7 @@ from tiepolicy.errors import (
     TieConflictError,
     UntrustedCheckpointError,
 )
+from tiepolicy.files import Verify, read_json
 from tiepolicy_hf._declared import FLAG, Declaration, declarations
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import WEIGHTS, Weights, find_weights
@@ -108,9 +109,7 @@ def from_pretrained(
     folder = Path(folder).absolute()
     check_folder(folder, verify=verify)
     weights = find_weights(folder, allow_pickle=allow_pickle)
-    stated = (
-        tiepolicy.read_json(folder / _CONFIG) if kwargs.get("config") is None or (folder / _CONFIG).exists() else {}
-    )
+    stated = read_json(folder / _CONFIG) if kwargs.get("config") is None or (folder / _CONFIG).exists() else {}
     device_map = kwargs.get("device_map")
     evidence = _Evidence(
         policy=policy or Policy.from_entry_points(),

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 import tiepolicy
-from tiepolicy import MANIFEST_KEY, Policy, TiePlan
+from tiepolicy import Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError, ShapeMismatchError
+from tiepolicy.files import MANIFEST_KEY
 from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
 from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder, writing
 from tiepolicy_hf._trust import write_digests

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from typing_extensions import override
 
 import tiepolicy
-from tiepolicy import DIGESTS, TiePlan
+from tiepolicy import TiePlan
 from tiepolicy.errors import CheckpointError
+from tiepolicy.files import DIGESTS, read_header, read_json
 from tiepolicy_hf._flags import correct_flags_
 from tiepolicy_hf._folder import find_weights, flush, writing
 from tiepolicy_hf._save import save_pretrained, write_as_held
@@ -127,9 +128,9 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 def _is_finished(checkpoint: Path) -> bool:
     try:
-        tiepolicy.read_json(checkpoint / _STATE)
+        read_json(checkpoint / _STATE)
         if (checkpoint / _ADAPTER).exists():
-            tiepolicy.read_header(checkpoint / _ADAPTER)
+            read_header(checkpoint / _ADAPTER)
             return True
         return find_weights(checkpoint, allow_pickle=False).manifest is not None
     except CheckpointError:  # the trainer was killed while it wrote this one

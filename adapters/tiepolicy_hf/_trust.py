@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from tiepolicy import (
+from tiepolicy import TiePlan
+from tiepolicy.errors import CheckpointError, TiePolicyError, UntrustedCheckpointError
+from tiepolicy.files import (
     DIGESTS,
-    TiePlan,
     Verify,
     check_files,
     check_recorded,
@@ -21,7 +22,6 @@ from tiepolicy import (
     read_digests,
     read_json,
 )
-from tiepolicy.errors import CheckpointError, TiePolicyError, UntrustedCheckpointError
 from tiepolicy_hf._folder import is_of_model
 
 CONFIG = "config.json"

@@ -8,7 +8,13 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
-PACKAGES = ("tiepolicy", "tiepolicy_dcp", "tiepolicy_hf", "tiepolicy_fsdp2")
+#: Public modules of each package, whose names the site documents.
+MODULES = {
+    "tiepolicy": ("tiepolicy", "tiepolicy.files"),
+    "tiepolicy_dcp": ("tiepolicy_dcp",),
+    "tiepolicy_hf": ("tiepolicy_hf",),
+    "tiepolicy_fsdp2": ("tiepolicy_fsdp2",),
+}
 
 
 def api(module: str, *only: str) -> str:
@@ -81,9 +87,9 @@ def home_of(target: str) -> str | None:
     """
     package, _, rest = target.partition(".")
     name = rest.rpartition(".")[2]
-    if package not in PACKAGES or not rest.startswith("_"):
+    if not rest.startswith("_"):
         return None
-    return f"{package}.{name}" if name in exported(package) else None
+    return next((f"{module}.{name}" for module in MODULES.get(package, ()) if name in exported(module)), None)
 
 
 def _is_error(value: object) -> TypeGuard[type[BaseException]]:

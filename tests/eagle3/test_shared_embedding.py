@@ -24,6 +24,7 @@ from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, train_as_before, weights_of
 from eagle3_targets import make_target
 from tiepolicy.errors import MissingTensorError
+from tiepolicy.files import read_sharded_metadata
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def on_target(config, **settings):
 
 def elements_of(folder):
     """How many elements a checkpoint's files hold of each tensor of the draft, by its name."""
-    tensors = tiepolicy.read_sharded_metadata(folder).tensors
+    tensors = read_sharded_metadata(folder).tensors
     return {name.removeprefix("model."): math.prod(tensor.spec.shape) for name, tensor in tensors.items()}
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from trainer_ranks import copy_run
 
-import tiepolicy
 from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, train_as_before, weights_of
+from tiepolicy.files import read_sharded_metadata
 from tiepolicy_dcp import CheckpointStore
 from torchrun import torchrun
 
@@ -98,7 +98,7 @@ def test_two_processes_take_the_embedding_from_the_target_though_the_checkpoint_
     expected, actual = metrics_of(folder / "older")[3:], metrics_of(folder / "from-older")
     assert near(expected) == losses(actual)
     holds = [
-        "model.embed_tokens.weight" in tiepolicy.read_sharded_metadata(folder / run / "checkpoints" / name).tensors
+        "model.embed_tokens.weight" in read_sharded_metadata(folder / run / "checkpoints" / name).tensors
         for run, name in (("older", STEP_3), ("from-older", "epoch_2_step_10"), ("whole", "epoch_2_step_10"))
     ]
     assert [True, False, False] == holds

@@ -19,9 +19,9 @@ import tiepolicy_dcp
 import tiepolicy_hf
 from models import TiedPair, tiny_llama, train_steps
 from strategies import damages
-from tiepolicy import DIGESTS, digests_text, measure
 from tiepolicy._verify import find_problems
 from tiepolicy.errors import CheckpointError, ExternalOwnerError, ManifestError, TiePolicyError
+from tiepolicy.files import DIGESTS, digests_text, measure
 from torchrun import torchrun
 
 KINDS = ["one process", "two processes", "one file", "shards"]

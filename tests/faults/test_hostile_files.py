@@ -30,12 +30,13 @@ import tiepolicy_dcp
 from eagle3.cli import main as eagle3_main
 from eagle3_runs import config_of, make_run_world, train_as_before
 from models import TiedPair
-from tiepolicy import DIGESTS, TensorSpec, digests_text, measure
+from tiepolicy import TensorSpec
 from tiepolicy._cli import main
 from tiepolicy._contents import read_plan
 from tiepolicy._metadata import MAX_METADATA_BYTES, parse_sharded_metadata
 from tiepolicy._verify import find_problems
 from tiepolicy.errors import CheckpointError, ShapeMismatchError, TiePolicyError
+from tiepolicy.files import DIGESTS, digests_text, measure, read_json
 from tiepolicy_dcp import CheckpointStore
 from tiepolicy_dcp._archives import check_archive, find_tensor
 
@@ -278,7 +279,7 @@ def test_a_tensor_that_claims_more_than_the_files_hold_is_refused(folder):
 def test_json_that_was_made_to_exhaust_or_to_confuse_its_reader_is_refused(tmp_path, text, message):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=f"x.json .*{message}"):
-        tiepolicy.read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("name", ["digests.json", "extra.json", "manifest.json"])

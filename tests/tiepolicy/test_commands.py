@@ -18,6 +18,7 @@ from tiepolicy import _contents, _plugins
 from tiepolicy._cli import main
 from tiepolicy._inspect import WIDTH, printable
 from tiepolicy._table import columns
+from tiepolicy.files import read_header
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -252,7 +253,7 @@ def test_verify_finds_a_tensor_that_the_manifest_of_a_hugging_face_folder_stores
     model = tiny_llama(tie_word_embeddings=True)
     file = tiepolicy_hf.save_pretrained(model, folder / "hf") / "model.safetensors"
     assert 0 == run(capsys, "verify", "hf")[0]
-    tensors, metadata = load_file(file), dict(tiepolicy.read_header(file).metadata)
+    tensors, metadata = load_file(file), dict(read_header(file).metadata)
     del tensors["model.norm.weight"]
     save_file(tensors, file, metadata=metadata)
     code, text = run(capsys, "verify", "hf")

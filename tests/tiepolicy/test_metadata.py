@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tiepolicy import TensorSpec, read_sharded_metadata
+from tiepolicy import TensorSpec
 from tiepolicy._metadata import parse_sharded_metadata
 from tiepolicy.errors import CheckpointError, UntrustedCheckpointError
+from tiepolicy.files import read_sharded_metadata
 
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

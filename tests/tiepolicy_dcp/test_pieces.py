@@ -10,7 +10,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiepolicy import FileRecord, check_files, measure
+from tiepolicy.files import FileRecord, check_files, measure
 from tiepolicy_dcp import _pieces
 from tiepolicy_dcp._archives import find_tensor
 from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, as_bytes, fetch, read_

@@ -22,6 +22,7 @@ import tiepolicy_hf
 from models import tiny_llama
 from tiepolicy import TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError, UntrustedCheckpointError
+from tiepolicy.files import read_header
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
@@ -68,7 +69,7 @@ def test_the_plan_lies_in_the_metadata_of_the_first_file(max_shard_size, tmp_pat
     model = tied()
     folder = tiepolicy_hf.save_pretrained(model, tmp_path / "model", max_shard_size=max_shard_size)
     first = min(folder.glob("*.safetensors"))
-    assert tiepolicy.plan(model) == TiePlan.from_manifest(tiepolicy.read_header(first).metadata["tiepolicy"])
+    assert tiepolicy.plan(model) == TiePlan.from_manifest(read_header(first).metadata["tiepolicy"])
 
 
 def test_other_libraries_read_the_folder(tmp_path):

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaModel
 from transformers.quantizers import AutoHfQuantizer
 
-import tiepolicy
 import tiepolicy_hf
 from models import tiny_llama
 from tiepolicy.errors import (
@@ -17,6 +16,7 @@ from tiepolicy.errors import (
     ShapeMismatchError,
     UntrustedCheckpointError,
 )
+from tiepolicy.files import read_header
 
 
 def tied():
@@ -176,7 +176,7 @@ def test_buffers_that_are_not_persistent_and_parameters_without_elements_keep_th
     model.register_buffer("computed", torch.ones(3), persistent=False)
     model.register_parameter("empty", nn.Parameter(torch.empty(0, 3)))
     saved(model, tmp_path / "model")
-    names = tiepolicy.read_header(tmp_path / "model" / "model.safetensors").tensors
+    names = read_header(tmp_path / "model" / "model.safetensors").tensors
     assert {"kept", "empty"} == {"kept", "computed", "empty"} & set(names)
 
 

@@ -18,6 +18,7 @@ import tiepolicy
 import tiepolicy_hf
 from hf_training import llama, trainer
 from tiepolicy.errors import BrokenTieError
+from tiepolicy.files import read_header
 from torchrun import torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -90,7 +91,7 @@ def test_a_tie_that_broke_before_training_stops_it(tmp_path):
 
 
 def manifest_in(folder):
-    return tiepolicy.read_header(folder / "model.safetensors").metadata.get("tiepolicy")
+    return read_header(folder / "model.safetensors").metadata.get("tiepolicy")
 
 
 def test_weights_are_written_once_with_their_plan(tmp_path):
@@ -114,7 +115,7 @@ def test_the_model_that_the_trainer_saves_in_the_end_has_its_plan_and_the_names_
     trained.train()
     trained.save_model(str(tmp_path / "final"))
     assert tiepolicy.plan(model) == tiepolicy.TiePlan.from_manifest(manifest_in(tmp_path / "final"))
-    names = tiepolicy.read_header(tmp_path / "final" / "model.safetensors").tensors
+    names = read_header(tmp_path / "final" / "model.safetensors").tensors
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in names
     assert (tmp_path / "final" / "training_args.bin").exists()
 
