@@ -1,31 +1,27 @@
-"""Step 50: the command line."""
+"""Step 51: the command line.
+
+What a command needs is imported when it runs: torch and transformers take seconds, for which nobody should wait who
+asks for help, or has mistyped a setting.
+"""
 
 import difflib
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-import torch
-from transformers.utils import logging as transformers_logging
-
+from eagle3.commands import DemoConfig, EstimateConfig, EvaluateConfig, ExportConfig, ReportConfig
 from eagle3.config import RunConfig
-from eagle3.demo import DemoConfig, run_demo
 from eagle3.errors import ConfigError, Eagle3Error
-from eagle3.estimate import EstimateConfig, print_estimate
-from eagle3.evaluate import EvaluateConfig, run_evaluate
-from eagle3.export import ExportConfig, run_export
-from eagle3.inputs import write_cache, write_vocab
 from eagle3.manual import help_parser
 from eagle3.options import read_settings
-from eagle3.parallel import Ranks, joined
-from eagle3.progress import StderrHandler
-from eagle3.report import ReportConfig, run_report
-from eagle3.trainer import train
-from tiepolicy.errors import TiePolicyError
+
+if TYPE_CHECKING:
+    from eagle3.parallel import Ranks
 
 logger = logging.getLogger("eagle3")
 
@@ -45,33 +41,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; `eagle3 --help` lists them.
 
     Returns:
-        0 if all went well, 2 if something in the input is wrong, which is then printed as one sentence.
+        0 if all went well, 2 if something in the input is wrong, which is then printed as one sentence, and 130 if a
+        person interrupted it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            command = _choose(arguments)
+            settings: Any = read_settings(command.settings, _named(command, arguments[1:]))
+        except Eagle3Error as error:
+            return _fail(error)
+        return _run(command, settings)
+    except KeyboardInterrupt:
+        sys.stderr.write("eagle3: interrupted\n")
+        return 130
+
+
+def _run(command: Command, settings: Any) -> int:
+    from transformers.utils import logging as transformers_logging
+
+    from tiepolicy.errors import TiePolicyError
+
     # Bars that end within a second, once per process, only hide the lines that matter.
     transformers_logging.disable_progress_bar()
     try:
-        command = _choose(arguments)
-        return command.run(read_settings(command.settings, _named(command, arguments[1:])))
+        return command.run(settings)
     except (Eagle3Error, TiePolicyError) as error:
-        # Under torchrun, every process meets it.
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    if "RANK" in os.environ:
+        from eagle3.parallel import joined
+
+        # Every process meets it.
         with joined() as ranks:
             ranks.report(str(error))
-        return 2
+    else:
+        sys.stderr.write(f"eagle3: error: {error}\n")
+    return 2
 
 
 def _train(config: RunConfig) -> int:
+    from eagle3.trainer import train
+
     return _together(lambda ranks: train(config, ranks))
 
 
 def _cache(config: RunConfig) -> int:
+    from eagle3.inputs import write_cache
+
     return _together(lambda ranks: write_cache(config, ranks))
 
 
-def _together(work: Callable[[Ranks], None]) -> int:
+def _together(work: Callable[["Ranks"], None]) -> int:
     """Run something in all processes that torchrun started, and say once what is wrong."""
+    from eagle3.parallel import joined
+    from tiepolicy.errors import TiePolicyError
+
     with joined() as ranks:
-        _log_to_stderr(ranks)
+        _log_to_stderr(logging.INFO if ranks.is_first else logging.ERROR)
         try:
             work(ranks)
         except (Eagle3Error, TiePolicyError) as error:
@@ -91,32 +120,44 @@ def _named(command: Command, arguments: Sequence[str]) -> list[str]:
 
 
 def _vocab(config: RunConfig) -> int:
-    _log_to_stderr(Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+    from eagle3.inputs import write_vocab
+
+    _log_to_stderr(logging.INFO)
     write_vocab(config)
     return 0
 
 
 def _estimate(config: EstimateConfig) -> int:
+    from eagle3.estimate import print_estimate
+
     print_estimate(config)
     return 0
 
 
 def _demo(config: DemoConfig) -> int:
+    from eagle3.demo import run_demo
+
     run_demo(config)
     return 0
 
 
 def _evaluate(config: EvaluateConfig) -> int:
+    from eagle3.evaluate import run_evaluate
+
     run_evaluate(config)
     return 0
 
 
 def _export(config: ExportConfig) -> int:
+    from eagle3.export import run_export
+
     run_export(config)
     return 0
 
 
 def _draw(config: ReportConfig) -> int:
+    from eagle3.report import run_report
+
     run_report(config)
     return 0
 
@@ -165,10 +206,11 @@ def _choose(arguments: Sequence[str]) -> Command:
     return COMMANDS[name]
 
 
-def _log_to_stderr(ranks: Ranks) -> None:
-    """Show the log lines of the first process."""
+def _log_to_stderr(level: int) -> None:
+    from eagle3.progress import StderrHandler
+
     handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO if ranks.is_first else logging.ERROR)
+    logger.setLevel(level)
     logger.propagate = False

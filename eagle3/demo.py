@@ -1,4 +1,4 @@
-"""Step 43: the whole path in minutes: a target, a draft trained on it, killed and resumed, measured and exported."""
+"""Step 44: the whole path in minutes: a target, a draft trained on it, killed and resumed, measured and exported."""
 
 import logging
 import os
@@ -12,10 +12,11 @@ from rich.table import Table
 
 import tiepolicy
 from eagle3.checkpoint import owners_of, read_draft_config, write_draft_config
+from eagle3.commands import DemoConfig, EvaluateConfig, Format
 from eagle3.embedded import write_embedded_conversations, write_embedded_target
 from eagle3.errors import ConfigError, Eagle3Error
-from eagle3.evaluate import EvaluateConfig, Evaluation, evaluate, write_evaluation
-from eagle3.export import Format, export
+from eagle3.evaluate import Evaluation, evaluate, write_evaluation
+from eagle3.export import export
 from eagle3.finished import TrainedDraft, open_run
 from eagle3.progress import tables
 from eagle3.report import read_runs, write_report
@@ -31,19 +32,6 @@ DEPTH = 6
 CHECKPOINT_EVERY = 75
 #: Other conversations than the draft was trained on; their questions are the prompts.
 NUM_PROMPTS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The demonstration.
-
-    Args:
-        out: Folder for the target, the conversations, the run and the exports; must not exist yet.
-        seed: Of everything random.
-    """
-
-    out: str = "eagle3-demo"
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Step 48: what a run will take, from its settings and the target's config alone: nothing is loaded."""
+"""Step 49: what a run will take, from its settings and the target's config alone: nothing is loaded."""
 
 import json
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from eagle3.cache import bytes_per_token
+from eagle3.commands import DeviceName, EstimateConfig
 from eagle3.config import RunConfig
 from eagle3.conversations import count_conversations
 from eagle3.description import TargetDescription, choose_layers, describe_target, model_class
@@ -18,32 +19,12 @@ from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data
 from eagle3.progress import tables
 from eagle3.sizes import ASSUMED, Supervision
-from eagle3.speed import ATTENTION, DEVICES, PRODUCTS, DeviceName
+from eagle3.speed import ATTENTION, DEVICES, PRODUCTS
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 from tiepolicy import format_bytes
 
 # Of English text; other languages and code have fewer.
 _BYTES_PER_TOKEN = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimateConfig(RunConfig):
-    """A run, and how it would be started.
-
-    Args:
-        processes: How many processes train together, one per device.
-        device: Kind of the devices: NVIDIA H200, H100 SXM or A100 SXM.
-        json: Print JSON in place of a table.
-    """
-
-    processes: int = 1
-    device: DeviceName = "h200"
-    json: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.processes < 1:
-            raise ConfigError(f"processes is {self.processes}, but must be at least 1.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

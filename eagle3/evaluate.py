@@ -1,4 +1,4 @@
-"""Step 39: measures a draft by what it is for: tokens for each pass of the target, and time."""
+"""Step 40: measures a draft by what it is for: tokens for each pass of the target, and time."""
 
 import json
 import os
@@ -12,9 +12,10 @@ import torch
 from rich.table import Table
 from transformers import GenerationConfig
 
+from eagle3.commands import EvaluateConfig
 from eagle3.conversations import load_conversations
 from eagle3.draft import Draft
-from eagle3.errors import ConfigError, DataError
+from eagle3.errors import DataError
 from eagle3.finished import TrainedDraft, open_run
 from eagle3.loss import StepCounts
 from eagle3.progress import tables, watched
@@ -24,40 +25,6 @@ from eagle3.unroll import TrainingTimeTest
 
 #: What the last evaluation of a run found, in its folder.
 EVALUATION = "evaluation.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What to measure.
-
-    Args:
-        run: Folder of the run.
-        checkpoint: `LATEST`, `BEST`, a checkpoint's name, or a path.
-        target: Folder of the target, if it lies elsewhere than when the run was started.
-        data: Conversations whose first questions are the prompts; null for the run's validation data, or without such
-            its training data.
-        num_prompts: Prompts to answer, the first of the file.
-        max_new_tokens: Longest answer.
-        num_drafted: Tokens that the draft proposes for each pass of the target; null for the run's unroll.steps.
-        temperature: Of the sampled answers, above 0.
-        seed: Of the sampled answers.
-    """
-
-    run: str
-    checkpoint: str = "LATEST"
-    target: str | None = None
-    data: str | None = None
-    num_prompts: int = 32
-    max_new_tokens: int = 128
-    num_drafted: int | None = None
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "max_new_tokens", "num_drafted", "temperature"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} is {value}, but must be above 0.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Step 41: writes the folder that serving engines load, and publishes it only if it reads back as the draft.
+"""Step 42: writes the folder that serving engines load, and publishes it only if it reads back as the draft.
 
 Two formats. `plain` is what vLLM (`model_executor/models/llama_eagle3.py`) and SGLang (`srt/models/llama_eagle3.py`)
 load as `LlamaForCausalLMEagle3`; `speculators` is what vLLM and the library of that name load (speculators 0.9,
@@ -10,15 +10,15 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eagle3.commands import ExportConfig, Format
 from eagle3.draft import Draft
 from eagle3.errors import ConfigError, ExportError
 from eagle3.finished import TrainedDraft, open_run
@@ -30,27 +30,6 @@ SPECULATORS_VERSION = "0.9.0"
 
 # Of the larger of two logits: what float64 leaves of other orders of addition, and far less than bfloat16's 2 ** -8.
 _TOLERANCE = 1e-6
-
-Format = Literal["plain", "speculators"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """What to export.
-
-    Args:
-        run: Folder of the run.
-        out: Folder to make; it must not exist.
-        format: `plain` for vLLM and SGLang, `speculators` for vLLM and the library of that name.
-        checkpoint: `LATEST` for the end of a finished run; or `BEST`, a checkpoint's name or a path, of any run.
-        target: Folder of the target, if it lies elsewhere than when the run was started.
-    """
-
-    run: str
-    out: str
-    format: Format = "plain"
-    checkpoint: str = "LATEST"
-    target: str | None = None
 
 
 def run_export(config: ExportConfig) -> None:

@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from eagle3.errors import CheckpointError, DataError, Eagle3Error
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("eagle3")
 
@@ -45,7 +47,7 @@ class TensorCache:
         finally:
             lock.release()
 
-    def read(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    def read(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, str]] | None":
         """The tensors and the metadata of a file; None where there is none, or a damaged one, which is reported."""
         path = self.folder / name
         if not path.exists():
@@ -57,7 +59,7 @@ class TensorCache:
             logger.warning("%s cannot be read (%s) and is made anew", path, error)
             return None
 
-    def write(self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Path:
+    def write(self, name: str, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]) -> Path:
         """Writes a file, which appears under its name when it is whole.
 
         Returns:
@@ -66,6 +68,9 @@ class TensorCache:
         Raises:
             DataError: It cannot be written, for example because the disk is full; nothing of it is left.
         """
+        # Here and not above: it imports torch, for which nobody should wait who asks for help.
+        from safetensors.torch import save
+
         path = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

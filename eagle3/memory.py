@@ -1,4 +1,4 @@
-"""Step 46: the memory of one device in a training step, by what it is for."""
+"""Step 47: the memory of one device in a training step, by what it is for."""
 
 from eagle3.sizes import StepSizes
 

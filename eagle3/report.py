@@ -1,4 +1,4 @@
-"""Step 42: draws what one or several runs measured: a picture, and one page that needs nothing beside it."""
+"""Step 43: draws what one or several runs measured: a picture, and one page that needs nothing beside it."""
 
 import base64
 import html
@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from eagle3.commands import ReportConfig
 from eagle3.config import RunConfig, read_run_config
-from eagle3.errors import ConfigError, DataError
+from eagle3.errors import DataError
 from eagle3.evaluate import EVALUATION
 from eagle3.metrics import METRICS, VALIDATION
 
@@ -19,23 +20,6 @@ PICTURE, PAGE = "report.png", "report.html"
 
 # Told apart by people who do not see all colours, too (Okabe and Ito, "Color Universal Design", 2008).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """What to draw.
-
-    Args:
-        runs: Folders of runs, to be compared.
-        out: Folder for `report.png` and `report.html`; null for that of the first run.
-    """
-
-    runs: list[str]
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ConfigError("runs is empty, but a report needs at least one run's folder.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

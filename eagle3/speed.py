@@ -1,11 +1,11 @@
-"""Step 45: how long a step takes on a GPU: operations and bytes by part, at the share of the peak that each reaches.
+"""Step 46: how long a step takes on a GPU: operations and bytes by part, at the share of the peak that each reaches.
 
 The parts are those of the fused step, which computes rows that carry loss only, and a teacher row once for all steps.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from eagle3.commands import DeviceName
 from eagle3.sizes import StepSizes
 
 
@@ -30,7 +30,6 @@ class Device:
     is_measured: bool
 
 
-DeviceName = Literal["h200", "h100", "a100"]
 DEVICES: dict[DeviceName, Device] = {
     "h200": Device(
         name="NVIDIA H200", flops=989e12, float32_flops=67e12, bandwidth=4.8e12, memory=141e9, is_measured=True

@@ -7,9 +7,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from eagle3.cli import main
+from eagle3.commands import EstimateConfig
 from eagle3.config import RunConfig
 from eagle3.errors import ConfigError
-from eagle3.estimate import EstimateConfig, estimate
+from eagle3.estimate import estimate
 from eagle3.options import read_settings, shipped_configs
 from eagle3_targets import make_target, make_world
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from eagle3.cli import main
+from eagle3.commands import EvaluateConfig
 from eagle3.config import DraftConfig, read_run_config
 from eagle3.conversations import load_conversations
 from eagle3.errors import ConfigError, DataError
-from eagle3.evaluate import EvaluateConfig, evaluate
+from eagle3.evaluate import evaluate
 from eagle3.finished import open_run
 from eagle3_targets import make_run, make_target, make_world
 

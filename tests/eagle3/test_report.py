@@ -6,9 +6,10 @@ import re
 import pytest
 
 from eagle3.cli import main
+from eagle3.commands import ReportConfig
 from eagle3.config import DataConfig, RunConfig, TargetConfig, write_run_config
 from eagle3.errors import ConfigError, DataError
-from eagle3.report import ReportConfig, read_runs, write_report
+from eagle3.report import read_runs, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
