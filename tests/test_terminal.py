@@ -72,6 +72,21 @@ exit codes: 0 fine, 2 wrong input, which is then said in one sentence
     assert expected == parsers()["eagle3 report"].format_help()
 
 
+def test_nobody_waits_for_torch_who_asks_eagle3_for_help_or_mistypes():
+    code = """
+import contextlib, sys
+from eagle3.cli import main
+for typed in (["--help"], ["--version"], ["train", "--help"], ["--print-completion", "bash"], ["trian"], ["train", "--x"]):
+    with contextlib.suppress(SystemExit):
+        main(typed)
+sys.stderr.write(str({"torch", "transformers"} & {*sys.modules}))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "set()" == result.stderr.splitlines()[-1]
+    assert 2 == result.stderr.count("did you mean")
+
+
 @pytest.mark.parametrize("program", ["tiepolicy", "eagle3"])
 def test_a_program_knows_its_version(program, capsys):
     with pytest.raises(SystemExit) as caught:
