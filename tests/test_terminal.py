@@ -76,7 +76,7 @@ def test_nobody_waits_for_torch_who_asks_eagle3_for_help_or_mistypes():
     code = """
 import contextlib, sys
 from eagle3.cli import main
-for typed in (["--help"], ["--version"], ["train", "--help"], ["--print-completion", "bash"], ["trian"], ["train", "--x"]):
+for typed in (["--help"], ["--version"], ["train", "-h"], ["--print-completion", "bash"], ["trian"], ["train", "--x"]):
     with contextlib.suppress(SystemExit):
         main(typed)
 sys.stderr.write(str({"torch", "transformers"} & {*sys.modules}))
