@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test slow quick faults lint types docs wheel-test fuzz audit setup clean
+.PHONY: demo test slow quick faults lint types docs wheel-test compat fuzz audit setup clean
 
 demo: setup
 	rm -rf $(DEMO)
@@ -44,6 +44,16 @@ wheel-test: setup
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[test]"
 	HYPOTHESIS_PROFILE=ci build/wheel/venv/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
+
+# And with other versions: make compat PYTHON=python3.12 TORCH=2.11.0 TRANSFORMERS=5.17.0. What is not given is the newest
+# that the package allows. The pins hold for all but those two and what they pin in turn; pip builds the wheel.
+COMPAT := build/compat
+compat:
+	$(PYTHON) -m venv --clear $(COMPAT)
+	grep -Ev '^(torch|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt \
+		torch$(TORCH:%===%) transformers$(TRANSFORMERS:%===%) ".[test]"
+	HYPOTHESIS_PROFILE=ci $(COMPAT)/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
 
 # The readers of untrusted bytes, one after the other, guided by the code they reach; see tests/fuzz.py.
 FUZZ_SECONDS ?= 60

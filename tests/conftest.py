@@ -1,6 +1,7 @@
 """Profiles and the settings that all tests share."""
 
 import os
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 # Tables are as wide as the terminal, and processes of pytest-xdist are told that they have one.
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
+
+
+def pytest_report_header() -> str:
+    """What the results hold for."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
 
 
 @pytest.fixture(autouse=True)

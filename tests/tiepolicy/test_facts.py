@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import parametrizations, parametrize
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -80,10 +81,11 @@ def test_an_original_that_is_another_parameter_is_a_tie():
     assert [("embed_tokens.weight", "lm_head.parametrizations.weight.original")] == groups_of(model)
 
 
-def test_the_prefix_of_fsdp1_is_removed():
-    model = nn.Module()
-    model._fsdp_wrapped_module = TiedPair()
-    assert tiepolicy.plan(TiedPair()) == tiepolicy.plan(model)
+def test_the_prefix_of_fsdp1_is_removed(mesh):
+    model = TiedPair(tied=False)
+    model.lm_head = FullyShardedDataParallel(model.lm_head, use_orig_params=True, device_id=torch.device("cpu"))
+    assert "lm_head._fsdp_wrapped_module.weight" in dict(model.named_parameters())
+    assert tiepolicy.plan(TiedPair(tied=False)).tensors.keys() == tiepolicy.plan(model).tensors.keys()
 
 
 def test_a_module_that_contains_itself_is_refused():
