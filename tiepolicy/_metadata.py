@@ -5,6 +5,7 @@ Format: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13
 
 import contextlib
 import gc
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,8 +61,12 @@ class ShardedMetadata:
     places: tuple[Place, ...]
 
 
-def read_sharded_metadata(folder: Path) -> ShardedMetadata:
-    """Read `.metadata` of a folder without running what it names, and check that all files it names are there.
+def read_sharded_metadata(folder: Path, *, files: slice = slice(None)) -> ShardedMetadata:
+    """Read `.metadata` of a folder without running what it names, and check that the files it names are there.
+
+    Args:
+        folder: The checkpoint.
+        files: Which of the files to look at, sorted by name; ranks that load together share the work.
 
     Raises:
         CheckpointError: If there is none, it is damaged, a file is missing or was cut, or a tensor is said to be larger
@@ -69,11 +74,11 @@ def read_sharded_metadata(folder: Path) -> ShardedMetadata:
         UntrustedCheckpointError: If it names anything but the parts of tensor metadata, or a file elsewhere.
     """
     found = parse_sharded_metadata(folder)
-    files = sorted({place.file for place in found.places})
-    sizes = {file: member(folder, file, named_by=METADATA).stat().st_size for file in files}
+    looked_at = sorted({place.file for place in found.places})[files]
+    sizes = {file: member(folder, file, named_by=METADATA).stat().st_size for file in looked_at}
     room = dict.fromkeys(found.tensors, 0)
     for place in found.places:
-        if place.start + place.length > sizes[place.file]:
+        if place.start + place.length > sizes.get(place.file, math.inf):
             raise CheckpointError(
                 f"{folder / place.file} was cut: {place.name} ends at byte {place.start + place.length}, the file has "
                 f"{sizes[place.file]} bytes. Nothing was loaded",

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from tiepolicy.files import Record, RecordUnpickler, record
+from tiepolicy.files import Record, RecordUnpickler, member, record
 from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
 from tiepolicy_dcp._frames import STORAGES, contiguous_stride
 from tiepolicy_dcp.errors import CheckpointError
@@ -73,7 +73,7 @@ class ArchiveReader(FileSystemReader):
         return super().read_data(LoadPlan(left, plan.storage_data, plan.planner_data), planner)
 
     def _open(self, name: str) -> BinaryIO:
-        return cast("BinaryIO", (Path(str(self.path)) / name).open("rb", buffering=0))
+        return cast("BinaryIO", member(Path(str(self.path)), name).open("rb", buffering=0))
 
     def _find(self, file: BinaryIO, item: ReadItem) -> StoredTensor | None:
         info: _StorageInfo = self.storage_data[item.storage_index]

@@ -17,7 +17,7 @@ from tiepolicy import Owners, TiePlan
 from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard
 from tiepolicy_dcp._ranks import all_present, is_distributed, is_first_rank, on_all_ranks, on_first_rank
-from tiepolicy_dcp._save import Contents, Job, begin, collect, complete
+from tiepolicy_dcp._save import Contents, Given, Job, begin, collect, complete
 from tiepolicy_dcp._staging import Staging
 from tiepolicy_dcp._worker import WorkerProcess
 from tiepolicy_dcp.errors import CheckpointError
@@ -219,15 +219,7 @@ def async_save(
     Raises:
         CheckpointError: As `save` does, for all that can be known before the files are written.
     """
-    contents = collect(
-        model=model,
-        optimizer=optimizer,
-        extra=extra,
-        plan=plan,
-        external=external,
-        consolidated=consolidated,
-        digests=digests,
-    )
+    contents = collect(Given(model, optimizer, extra, plan, external, consolidated, digests))
     saver = AsyncSaver(worker)
     try:
         pending = saver.start(Path(folder).absolute(), contents)

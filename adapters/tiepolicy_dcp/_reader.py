@@ -24,12 +24,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from tiepolicy import TensorSpec
 from tiepolicy.files import ChunkedTensor, read_sharded_metadata
 from tiepolicy_dcp._archives import ArchiveReader
-from tiepolicy_dcp._ranks import all_present, is_distributed
+from tiepolicy_dcp._ranks import all_present, is_distributed, num_ranks, rank
 from tiepolicy_dcp.errors import CheckpointError, UntrustedCheckpointError
 
 
 class StoredTensors:
-    """What lies in a folder of DCP, by its metadata, which is read once.
+    """What lies in a folder of DCP, by its metadata, which is read once. Made by all ranks: each looks at some files.
 
     Args:
         folder: The checkpoint.
@@ -41,7 +41,7 @@ class StoredTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = read_sharded_metadata(folder)
+        found = read_sharded_metadata(folder, files=slice(rank(), None, num_ranks()))
         self._tensors = found.tensors
         #: Names of entries that are pickled objects, which are never read.
         self.objects = found.objects

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,7 @@ from tiepolicy_dcp._groups import encode, joined
 from tiepolicy_dcp._ranks import (
     agreed_plan,
     all_present,
-    is_first_rank,
-    on_all_ranks,
     on_first_rank,
-    rank,
     through_first_rank,
 )
 from tiepolicy_dcp._retention import RECORD
@@ -86,16 +83,20 @@ def save(
         CheckpointError: If the folder exists or cannot be written; what was written so far is removed. If the stages of
             a pipeline shard or optimize one tensor differently.
     """
-    contents = collect(
-        model=model,
-        optimizer=optimizer,
-        extra=extra,
-        plan=plan,
-        external=external,
-        consolidated=consolidated,
-        digests=digests,
-    )
+    contents = collect(Given(model, optimizer, extra, plan, external, consolidated, digests))
     return complete(begin(Path(folder).absolute(), contents))
+
+
+class Given(NamedTuple):
+    """What `save` was called with."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    extra: Mapping[str, Any] | None
+    plan: TiePlan | None
+    external: Owners | None
+    consolidated: bool
+    digests: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,17 +114,9 @@ class Contents:
     digests: bool
 
 
-def collect(
-    *,
-    model: nn.Module,
-    optimizer: Optimizer | None,
-    extra: Mapping[str, Any] | None,
-    plan: TiePlan | None,
-    external: Owners | None,
-    consolidated: bool,
-    digests: bool,
-) -> Contents:
-    """Find out what a checkpoint will hold, and that it can be written; the arguments are those of `save`."""
+def collect(given: Given) -> Contents:
+    """Find out what a checkpoint will hold, and that it can be written. Called by all ranks."""
+    model, optimizer, extra, plan, external, consolidated, digests = given
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external, digests=external is not None))
     optimizer_state = None if optimizer is None else OptimizerState(model, optimizer, plan=plan)
     live, entries = observed(ModelState(model, plan=plan), optimizer_state)
@@ -140,9 +133,10 @@ def collect(
     if entries:
         state["optimizer"] = {name: entry.tensor for name, entry in entries.items()}
         state["optimizer"] |= {f"param_groups.{group.position}": encode(group) for group in groups}
-    packed = on_all_ranks(lambda: pack_extra(extra or {}) if is_first_rank() else Extra())[rank()]
+    packed: list[Extra] = []
+    on_first_rank(lambda: packed.append(pack_extra(extra or {})))
     whole = _gather(model, plan) if consolidated else None
-    return Contents(plan=plan, state=state, extra=packed, whole=whole, digests=digests)
+    return Contents(plan=plan, state=state, extra=next(iter(packed), Extra()), whole=whole, digests=digests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from tiepolicy_dcp._lock import WriterLock
 from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, move_pointers, read_pointer
 from tiepolicy_dcp._ranks import on_first_rank
 from tiepolicy_dcp._retention import Mode, Record, Retention, checked_metrics, is_checkpoint, read_records
-from tiepolicy_dcp._save import begin, collect, complete
+from tiepolicy_dcp._save import Contents, Given, begin, collect, complete
 from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
 logger = logging.getLogger("tiepolicy_dcp")
@@ -123,18 +123,10 @@ class CheckpointStore:
             CheckpointError: If the name is no plain file name, a metric no finite number, or the store's metric not
                 among them; if another process writes under the root; or as `tiepolicy_dcp.save` says.
         """
-        self.wait()
-        record = on_first_rank(lambda: self._begin(name, metrics))
-        contents = collect(
-            model=model,
-            optimizer=optimizer,
-            extra=extra,
-            plan=plan,
-            external=external,
-            consolidated=consolidated,
-            digests=digests,
+        record, contents = self._collect(
+            name, metrics, Given(model, optimizer, extra, plan, external, consolidated, digests)
         )
-        folder = complete(begin(self.root / name, contents, record=record.to_json()))
+        folder = complete(begin(self.root / name, contents, record=record))
         on_first_rank(lambda: self._commit(name))
         return folder
 
@@ -177,22 +169,13 @@ class CheckpointStore:
             CheckpointError: If the save under way failed, or as `save` says for all that can be known before the files
                 are written.
         """
-        self.wait()
-        record = on_first_rank(lambda: self._begin(name, metrics))
-        contents = collect(
-            model=model,
-            optimizer=optimizer,
-            extra=extra,
-            plan=plan,
-            external=external,
-            consolidated=consolidated,
-            digests=digests,
+        record, contents = self._collect(
+            name, metrics, Given(model, optimizer, extra, plan, external, consolidated, digests)
         )
         if worker not in self._savers:
             self._savers[worker] = AsyncSaver(worker)
-        return self._savers[worker].start(
-            self.root / name, contents, record=record.to_json(), then=lambda: self._commit(name)
-        )
+        saver = self._savers[worker]
+        return saver.start(self.root / name, contents, record=record, then=lambda: self._commit(name))
 
     def wait(self) -> None:
         """Wait for the save that `async_save` began.
@@ -266,6 +249,14 @@ class CheckpointStore:
         if name is None:
             raise CheckpointError(f"there is no checkpoint to restore {pointer} from: {self._inventory()}")
         raise CheckpointError(f"{self.root / pointer} names {name!r}, which is not there: {self._inventory()}")
+
+    def _collect(
+        self, name: str, metrics: Mapping[str, float] | None, given: Given
+    ) -> tuple[Mapping[str, Any], Contents]:
+        """The record and the contents of the next checkpoint, once the one before it is done."""
+        self.wait()
+        record = on_first_rank(lambda: self._begin(name, metrics).to_json())
+        return record, collect(given)
 
     def _begin(self, name: str, metrics: Mapping[str, float] | None) -> Record:
         """Rank 0: check the arguments, take the root, remove what killed saves left, and number the checkpoint."""

@@ -79,6 +79,17 @@ def test_what_dcp_wrote_is_read_as_dcp_reads_it(tmp_path):
     }
 
 
+def test_ranks_look_at_a_share_of_the_files_each(tmp_path):
+    places = {MetadataIndex(f"note {number}"): _StorageInfo(f"{number}.distcp", 0, 4) for number in range(3)}
+    notes = {index.fqn: BytesStorageMetadata() for index in places}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata(notes, storage_data=places)))
+    for name in ("0.distcp", "2.distcp"):
+        (tmp_path / name).write_bytes(b"four")
+    assert 3 == len(read_sharded_metadata(tmp_path, files=slice(0, None, 2)).places)
+    with pytest.raises(CheckpointError, match=r"1\.distcp is missing"):
+        read_sharded_metadata(tmp_path, files=slice(1, None, 2))
+
+
 class Payload:
     """Unpickling it would make a folder."""
 

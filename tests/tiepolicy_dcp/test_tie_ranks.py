@@ -52,6 +52,13 @@ def test_values_that_differ_on_one_shard_only_stop_every_rank_with_one_sentence(
     assert 2 == said(lines, "untouched True")
 
 
+def test_a_file_that_was_cut_or_is_lost_stops_every_rank_before_anything_is_changed(lines):
+    assert 2 == said(lines, "CheckpointError", "__1_0.distcp has", "it was cut or replaced")
+    assert 2 == said(lines, "CheckpointError", "__1_0.distcp was cut: model.embed_tokens.weight ends at byte")
+    assert 4 == said(lines, "CheckpointError", "__1_0.distcp is missing: a part of the checkpoint was lost")
+    assert 2 == said(lines, "unharmed True")
+
+
 def test_each_stage_reads_its_half_of_a_tie_from_the_stored_name(lines):
     assert 1 == said(lines, "rank 0: equal True load embed_tokens.weight embed_tokens.weight")
     assert 1 == said(lines, "rank 1: equal True copy embed_tokens.weight lm_head.weight")

@@ -1,6 +1,7 @@
 """What several ranks do in `test_tie_ranks.py`: `torchrun tie_ranks.py STEP FOLDER`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -92,6 +93,21 @@ def conflict_on_one_shard(folder: Path) -> None:
     say("untouched", torch.equal(before, live.lm_head.weight.to_local()))
 
 
+def damaged(folder: Path) -> None:
+    """One rank looks at a file; all know that it was cut, or is lost, before anything is changed."""
+    tiepolicy_dcp.save(folder, model=sharded(TiedPair(vocab_size=13)))
+    live = sharded(TiedPair(vocab_size=13))
+    before = live.lm_head.weight.to_local().clone()
+    last = folder / "__1_0.distcp"
+    for damage in (lambda: os.truncate(last, last.stat().st_size - 1), last.unlink):
+        if dist.get_rank() == 0:
+            damage()
+        dist.barrier()
+        for verify in ("size", "off"):
+            say(outcome(lambda verify=verify: tiepolicy_dcp.load(folder, model=live, verify=verify)))
+    say("unharmed", torch.equal(before, live.lm_head.weight.to_local()))
+
+
 class FirstStage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +155,7 @@ def owners_differ(folder: Path) -> None:
 
 def all_of_two(folder: Path) -> None:
     """What two ranks can do in one start."""
-    for part in (across_ties, conflict_on_one_shard, load_stages, owners_differ):
+    for part in (across_ties, conflict_on_one_shard, damaged, load_stages, owners_differ):
         part(folder / part.__name__)
 
 
