@@ -173,11 +173,10 @@ class FusedStep:
             deterministic=self._deterministic,
         )
         merge_same_row_(
-            *(tape.q_SLQd[step], attended.out_LQd, attended.lse_BQT),
+            attended,
             k_JNKd=tape.own_k_JNKd[:step],
             v_JNKd=tape.own_v_JNKd[:step],
             row_N=plan.row_N,
-            scale=self._scale,
             gathered_NQd=tape.attended_SNQd[step],
         )
         tape.attention.append(attended)
@@ -312,14 +311,12 @@ class FusedStep:
         # Rows that are not among the plan's stay zero over all steps; those that are get written in each.
         back.attended_LQd.index_copy_(0, plan.row_N.long(), grad_attended_NQd)
         attended = tape.attention.pop()
-        grad_q_LQd, grad_k_LKd, grad_v_LKd = causal_attention_backward(
-            *(back.attended_LQd, tape.q_SLQd[step], tape.k0_LKd, tape.v0_LKd, attended, plan.segments),
-            scale=self._scale,
-        )
+        grad_q_LQd, grad_k_LKd, grad_v_LKd = causal_attention_backward(back.attended_LQd, attended)
         back.k0_LKd += grad_k_LKd
         back.v0_LKd += grad_v_LKd
         same_row_backward_(
-            *(tape.q_SLQd[step], grad_q_LQd, attended.lse_BQT),
+            attended,
+            grad_q_LQd,
             out_NQd=tape.attended_SNQd[step],
             grad_out_NQd=grad_attended_NQd,
             k_JNKd=tape.own_k_JNKd[:step],
@@ -327,7 +324,6 @@ class FusedStep:
             grad_k_JNKd=back.own_k_JNKd[:step],
             grad_v_JNKd=back.own_v_JNKd[:step],
             row_N=plan.row_N,
-            scale=self._scale,
             grad_q_NQd=back.q_NQd,
         )
 

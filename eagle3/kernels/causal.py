@@ -43,11 +43,21 @@ class CausalResult:
     """What the forward pass leaves for the backward pass; output and log-sum-exp may be updated in place between.
 
     Attributes:
+        q_LQd: The queries as they were given, as are the next four.
+        k_LKd: Keys.
+        v_LKd: Values.
+        segments: Where attention starts anew.
+        scale: Multiplies the dot products.
         out_LQd: The attended values.
-        lse_BQT: The natural log-sum-exp of the scores, float32 or better; B is 1 where segments are packed.
+        lse_BQT: The natural log-sum-exp of the scores, float32 or better, contiguous; B is 1 where segments are packed.
         saved: The operator's own.
     """
 
+    q_LQd: Tensor
+    k_LKd: Tensor
+    v_LKd: Tensor
+    segments: Segments
+    scale: float
     out_LQd: Tensor
     lse_BQT: Tensor
     saved: tuple[Any, ...]
@@ -66,57 +76,52 @@ def causal_attention(
         scale: Multiplies the dot products.
         deterministic: Use an operator whose backward pass can repeat to the bit.
     """
+    given: dict[str, Any] = {"q_LQd": q_LQd, "k_LKd": k_LKd, "v_LKd": v_LKd, "segments": segments, "scale": scale}
     if not q_LQd.is_cuda:
-        return _twin(q_LQd, k_LKd, v_LKd, segments, scale)
+        out, lse = _twin(**given)
+        return CausalResult(**given, out_LQd=out, lse_BQT=lse[None], saved=("twin",))
     if segments.num_sequences is None or deterministic:
         out, lse, *saved = _flash_forward(
             *(q_LQd, k_LKd, v_LKd, segments.starts, segments.starts, segments.longest, segments.longest),
             *(0.0, True, False),
             scale=scale,
         )
-        return CausalResult(out_LQd=out, lse_BQT=lse[None], saved=("flash", *saved[:2]))
+        return CausalResult(**given, out_LQd=out, lse_BQT=lse[None], saved=("flash", *saved[:2]))
     q, k, v = (_by_head(x, segments.num_sequences) for x in (q_LQd, k_LKd, v_LKd))
     out, lse, *saved = _cudnn_forward(q, k, v, None, True, 0.0, True, False, scale=scale)
     # A view on the operator's own memory, which its backward pass reads again.
     out_LQd = out.transpose(1, 2).view(q_LQd.shape)
-    return CausalResult(out_LQd=out_LQd, lse_BQT=lse.view(q.shape[:3]), saved=("cudnn", *saved[:6]))
+    return CausalResult(**given, out_LQd=out_LQd, lse_BQT=lse.view(q.shape[:3]), saved=("cudnn", *saved[:6]))
 
 
-def causal_attention_backward(
-    grad_out_LQd: Tensor,
-    q_LQd: Tensor,
-    k_LKd: Tensor,
-    v_LKd: Tensor,
-    result: CausalResult,
-    segments: Segments,
-    *,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def causal_attention_backward(grad_out_LQd: Tensor, result: CausalResult) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values, each like its tensor.
 
     With an output and a log-sum-exp into which further keys were merged they are those of the causal part of the
     merged attention: exp(score - lse) is then the share that a causal key has among all.
     """
     kind, *saved = result.saved
+    segments = result.segments
     if kind == "twin":
-        return _twin_backward(grad_out_LQd, q_LQd, k_LKd, v_LKd, result, segments, scale)
+        return _twin_backward(grad_out_LQd, result)
     if kind == "flash":
         rng_state, unused = saved
         grads = _flash_backward(
-            *(grad_out_LQd, q_LQd, k_LKd, v_LKd, result.out_LQd, result.lse_BQT[0]),
+            *(grad_out_LQd, result.q_LQd, result.k_LKd, result.v_LKd, result.out_LQd, result.lse_BQT[0]),
             *(segments.starts, segments.starts, segments.longest, segments.longest, 0.0, True, rng_state, unused),
-            scale=scale,
+            scale=result.scale,
         )
         return grads[0], grads[1], grads[2]
     assert segments.num_sequences is not None
     cum_q, cum_k, max_q, max_k, seed, offset = saved
     grad_out, q, k, v, out = (
-        _by_head(x, segments.num_sequences) for x in (grad_out_LQd, q_LQd, k_LKd, v_LKd, result.out_LQd)
+        _by_head(x, segments.num_sequences)
+        for x in (grad_out_LQd, result.q_LQd, result.k_LKd, result.v_LKd, result.out_LQd)
     )
     grads = _cudnn_backward(
         *(grad_out, q, k, v, out, result.lse_BQT[..., None], seed, offset, None, cum_q, cum_k, max_q, max_k),
         *(0.0, True),
-        scale=scale,
+        scale=result.scale,
     )
     grad_q, grad_k, grad_v = (grad.transpose(1, 2).flatten(0, 1) for grad in grads)
     return grad_q, grad_k, grad_v
@@ -133,7 +138,7 @@ def _parts(segments: Segments) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(starts)]
 
 
-def _shares(q_TQd: Tensor, k_TKd: Tensor, scale: float, precise: torch.dtype) -> Tensor:
+def _scores(q_TQd: Tensor, k_TKd: Tensor, scale: float, precise: torch.dtype) -> Tensor:
     """Masked scores (K, G, T, T) of one segment."""
     q_TKGd = q_TQd.unflatten(1, (k_TKd.shape[1], -1)).to(precise)
     scores = torch.einsum("tkgd,skd->kgts", q_TKGd, k_TKd.to(precise)) * scale
@@ -141,37 +146,32 @@ def _shares(q_TQd: Tensor, k_TKd: Tensor, scale: float, precise: torch.dtype) ->
     return scores.masked_fill(ahead_TT, -torch.inf)
 
 
-def _twin(q_LQd: Tensor, k_LKd: Tensor, v_LKd: Tensor, segments: Segments, scale: float) -> CausalResult:
+def _twin(
+    q_LQd: Tensor, k_LKd: Tensor, v_LKd: Tensor, segments: Segments, scale: float
+) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(torch.float32, q_LQd.dtype)
     out_LQd = torch.empty_like(q_LQd)
     lse_QL = torch.empty((q_LQd.shape[1], len(q_LQd)), dtype=precise, device=q_LQd.device)
     for part in _parts(segments):
-        scores = _shares(q_LQd[part], k_LKd[part], scale, precise)
+        scores = _scores(q_LQd[part], k_LKd[part], scale, precise)
         lse = scores.logsumexp(dim=-1)
         lse_QL[:, part] = lse.flatten(0, 1)
         attended = torch.einsum("kgts,skd->tkgd", (scores - lse[..., None]).exp(), v_LKd[part].to(precise))
         out_LQd[part] = attended.flatten(1, 2).to(q_LQd.dtype)
-    return CausalResult(out_LQd=out_LQd, lse_BQT=lse_QL[None], saved=("twin",))
+    return out_LQd, lse_QL
 
 
-def _twin_backward(
-    grad_out_LQd: Tensor,
-    q_LQd: Tensor,
-    k_LKd: Tensor,
-    v_LKd: Tensor,
-    result: CausalResult,
-    segments: Segments,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _twin_backward(grad_out_LQd: Tensor, result: CausalResult) -> tuple[Tensor, Tensor, Tensor]:
+    q_LQd, k_LKd, v_LKd, scale = result.q_LQd, result.k_LKd, result.v_LKd, result.scale
     precise = result.lse_BQT.dtype
     num_keys = k_LKd.shape[1]
     grad_q, grad_k, grad_v = torch.zeros_like(q_LQd), torch.zeros_like(k_LKd), torch.zeros_like(v_LKd)
-    for part in _parts(segments):
+    for part in _parts(result.segments):
         grad_out, out, q = (
             x[part].unflatten(1, (num_keys, -1)).to(precise) for x in (grad_out_LQd, result.out_LQd, q_LQd)
         )
         lse = result.lse_BQT[0, :, part].unflatten(0, (num_keys, -1))
-        shares = (_shares(q_LQd[part], k_LKd[part], scale, precise) - lse[..., None]).exp()
+        shares = (_scores(q_LQd[part], k_LKd[part], scale, precise) - lse[..., None]).exp()
         delta = (grad_out * out).sum(dim=-1).permute(1, 2, 0)
         grad_shares = torch.einsum("tkgd,skd->kgts", grad_out, v_LKd[part].to(precise))
         grad_scores = shares * (grad_shares - delta[..., None]) * scale

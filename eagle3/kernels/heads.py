@@ -73,7 +73,7 @@ def place_queries(
         layout: Of a projected row.
     """
     sections = range(layout.num_queries // layout.num_keys)
-    _place(state_MW, token_LW, (out_LQd, out_LQd, out_LQd), (token_M, position_M, row_M), angles, layout, sections)
+    _place(state_MW, token_LW, (out_LQd, out_LQd), (token_M, position_M, row_M), angles, layout, sections)
 
 
 def place_keys_values(
@@ -100,26 +100,36 @@ def place_keys_values(
         layout: Of a projected row.
     """
     first = layout.num_queries // layout.num_keys
-    _place(state_MW, token_LW, (k_MKd, k_MKd, v_MKd), (token_M, position_M, None), angles, layout, (first, first + 1))
+    sections = range(first, first + 2)
+    _place(state_MW, token_LW, (k_MKd, v_MKd), (token_M, position_M, None), angles, layout, sections)
 
 
-def _place(state_MW, token_LW, outs, index, angles, layout, sections):
-    token_M, position_M, row_M = index
+def _place(
+    state_MW: Tensor,
+    token_LW: Tensor,
+    outs: tuple[Tensor, Tensor],
+    index: tuple[Tensor, Tensor, Tensor | None],
+    angles: Angles,
+    layout: HeadLayout,
+    sections: range,
+) -> None:
+    """Places what is rotated, and what is not: values, which queries do not have. A section is K heads wide."""
+    (rotated, values), (token_M, position_M, row_M) = outs, index
     num_rows, stride = len(state_MW), state_MW.stride(0)
     # Where the columns of the first section stand in `state_MW`, which may hold only a part of a projected row.
-    is_queries = sections[0] == 0
+    is_queries = row_M is not None
     offset = 0 if is_queries else state_MW.shape[1] - 2 * layout.num_keys * layout.head_dim
     if state_MW.is_cuda:
         if num_rows:
             _place_kernel[(num_rows, len(sections))](
-                *(state_MW, token_LW, outs[0], outs[2], token_M, position_M, row_M, angles.cos, angles.sin),
+                *(state_MW, token_LW, rotated, values, token_M, position_M, row_M, angles.cos, angles.sin),
                 *(offset, stride, sections[0], layout.width),
                 QUERIES=layout.num_queries,
                 KEYS=layout.num_keys,
                 HALF=layout.head_dim // 2,
                 KEYS_BLOCK=next_power_of_2(layout.num_keys),
                 HALF_BLOCK=next_power_of_2(layout.head_dim // 2),
-                HAS_ROWS=row_M is not None,
+                HAS_ROWS=is_queries,
             )
         return
     q_width, kv_width = layout.num_queries * layout.head_dim, layout.num_keys * layout.head_dim
@@ -128,11 +138,11 @@ def _place(state_MW, token_LW, outs, index, angles, layout, sections):
     sums = state_MW[:, offset : offset + size] + token_LW[token_M.long(), start : start + size]
     heads = sums.unflatten(-1, (-1, layout.head_dim))
     cos, sin = angles.cos[position_M.long()][:, None], angles.sin[position_M.long()][:, None]
-    if is_queries:
-        outs[0][row_M.long()] = _rotate(heads, cos, sin).to(outs[0].dtype)
+    if row_M is not None:
+        rotated[row_M.long()] = _rotate(heads, cos, sin).to(rotated.dtype)
     else:
-        outs[0].copy_(_rotate(heads[:, : layout.num_keys], cos, sin))
-        outs[2].copy_(heads[:, layout.num_keys :])
+        rotated.copy_(_rotate(heads[:, : layout.num_keys], cos, sin))
+        values.copy_(heads[:, layout.num_keys :])
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

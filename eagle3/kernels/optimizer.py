@@ -41,38 +41,22 @@ def adamw_(
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay, times `lr`.
     """
+    beta1, beta2 = betas
     if not master.is_cuda:
-        _adamw_twin_(master, exp_avg, exp_avg_sq, grad, copy, scale, lr, step, betas, eps, weight_decay)
+        g = grad.to(master.dtype) * scale
+        master.mul_(1 - lr * weight_decay)
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+        master.sub_(lr / (1 - beta1**step) * exp_avg / denominator)
+        copy.copy_(master)
         return
     num = master.numel()
     _adamw_kernel[(-(-num // _BLOCK),)](
         *(master, exp_avg, exp_avg_sq, grad, copy, scale, lr, step, num),
-        *(betas[0], betas[1], eps, weight_decay),
+        *(beta1, beta2, eps, weight_decay),
         BLOCK=_BLOCK,
     )
-
-
-def _adamw_twin_(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    copy: Tensor,
-    scale: Tensor,
-    lr: Tensor,
-    step: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    beta1, beta2 = betas
-    g = grad.to(master.dtype) * scale
-    master.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
-    master.sub_(lr / (1 - beta1**step) * exp_avg / denominator)
-    copy.copy_(master)
 
 
 @jit

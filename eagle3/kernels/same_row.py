@@ -16,31 +16,22 @@ import torch
 from torch import Tensor
 
 from eagle3.kernels._triton import jit, next_power_of_2, tl
+from eagle3.kernels.causal import CausalResult
 
 
 def merge_same_row_(
-    q_LQd: Tensor,
-    out_LQd: Tensor,
-    lse_BQT: Tensor,
-    *,
-    k_JNKd: Tensor,
-    v_JNKd: Tensor,
-    row_N: Tensor,
-    scale: float,
-    gathered_NQd: Tensor,
+    attended: CausalResult, *, k_JNKd: Tensor, v_JNKd: Tensor, row_N: Tensor, gathered_NQd: Tensor
 ) -> None:
     """Adds each row's own keys to its softmax; the merged output and log-sum-exp replace those of the causal part.
 
     Args:
-        q_LQd: Rotated queries, read at the rows.
-        out_LQd: Output of the causal attention, updated at the rows.
-        lse_BQT: Its log-sum-exp, natural, float32 or better, updated at the rows; contiguous, L = BT.
+        attended: The causal attention; output and log-sum-exp are updated at the rows.
         k_JNKd: Rotated keys of the row's steps 1 to J; J may be 0.
         v_JNKd: Their values.
         row_N: int32, the place of each row among all tokens.
-        scale: Multiplies the dot products.
         gathered_NQd: Overwritten by the merged output of the rows.
     """
+    q_LQd, out_LQd, lse_BQT, scale = attended.q_LQd, attended.out_LQd, attended.lse_BQT, attended.scale
     num_later, num_rows, num_keys, head_dim = k_JNKd.shape
     group = q_LQd.shape[1] // num_keys
     if not q_LQd.is_cuda:
@@ -121,9 +112,8 @@ def _merge_kernel(
 
 
 def same_row_backward_(
-    q_LQd: Tensor,
+    merged: CausalResult,
     grad_q_LQd: Tensor,
-    lse_BQT: Tensor,
     *,
     out_NQd: Tensor,
     grad_out_NQd: Tensor,
@@ -132,15 +122,13 @@ def same_row_backward_(
     grad_k_JNKd: Tensor,
     grad_v_JNKd: Tensor,
     row_N: Tensor,
-    scale: float,
     grad_q_NQd: Tensor,
 ) -> None:
     """The gradients that flow through a row's own keys.
 
     Args:
-        q_LQd: Rotated queries, read at the rows.
+        merged: What `merge_same_row_` made of the causal attention.
         grad_q_LQd: Gradient of the queries through the causal part, read at the rows.
-        lse_BQT: The merged log-sum-exp.
         out_NQd: The merged output of the rows.
         grad_out_NQd: Its gradient.
         k_JNKd: Keys of the row's steps 1 to J.
@@ -148,9 +136,9 @@ def same_row_backward_(
         grad_k_JNKd: float32 or better; the gradient of the keys is added to it.
         grad_v_JNKd: Likewise of the values.
         row_N: int32, the place of each row among all tokens.
-        scale: Multiplies the dot products.
         grad_q_NQd: Overwritten by the whole gradient of the rows' queries, both parts.
     """
+    q_LQd, lse_BQT, scale = merged.q_LQd, merged.lse_BQT, merged.scale
     num_later, num_rows, num_keys, head_dim = k_JNKd.shape
     group = q_LQd.shape[1] // num_keys
     if not q_LQd.is_cuda:

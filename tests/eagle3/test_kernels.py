@@ -162,16 +162,17 @@ def test_merged_attention_and_all_its_gradients(kind, num_queries, num_keys, hea
         q_, k_, v_, own_k_, own_v_, grad_ = (move(x) for x in (q, k, v, own_k, own_v, grad_rows))
         result = causal_attention(q_, k_, v_, here, scale=scale, deterministic=deterministic)
         gathered = torch.empty_like(grad_)
-        own = {"k_JNKd": own_k_, "v_JNKd": own_v_, "row_N": move(rows), "scale": scale}
-        merge_same_row_(q_, result.out_LQd, result.lse_BQT, gathered_NQd=gathered, **own)
+        own = {"k_JNKd": own_k_, "v_JNKd": own_v_, "row_N": move(rows)}
+        merge_same_row_(result, gathered_NQd=gathered, **own)
         grad_full = torch.zeros_like(q_)
         grad_full[move(rows).long()] = grad_
-        grad_q, grad_k, grad_v = causal_attention_backward(grad_full, q_, k_, v_, result, here, scale=scale)
+        grad_q, grad_k, grad_v = causal_attention_backward(grad_full, result)
         precise = torch.float64 if grad_.device.type == "cpu" else torch.float32
         grad_own_k, grad_own_v = (torch.zeros_like(own_k_, dtype=precise) for _ in "kv")
         grad_q_rows = torch.empty_like(grad_)
         same_row_backward_(
-            *(q_, grad_q, result.lse_BQT),
+            result,
+            grad_q,
             out_NQd=gathered,
             grad_out_NQd=grad_,
             grad_k_JNKd=grad_own_k,
