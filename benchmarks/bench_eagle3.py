@@ -24,9 +24,10 @@ from torch.nn import functional
 from transformers import LlamaConfig
 
 from eagle3.draft import Draft, draft_config
-from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
+from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, pays_off, rounded
+from eagle3.optimizer import FlatAdamW, clip_factor
 from eagle3.pairs import plan_pairs
 from eagle3.sizes import StepSizes
 from eagle3.teacher import TeacherHead

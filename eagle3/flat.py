@@ -1,18 +1,20 @@
-"""Step 22: the trainable weights of a draft in flat buffers, and the optimizer that updates them in one pass."""
+"""Step 22: the trainable weights of a draft, and their gradients, in flat buffers."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from eagle3.draft import Draft
 from eagle3.kernels.fp8 import E4M3, Scaled, factor_of, quantise_weight
-from eagle3.kernels.optimizer import adamw_
 
 #: Each weight starts at a multiple of this many elements, so that vector loads stay aligned in any dtype.
 _ALIGNMENT = 64
+
+#: Weights that read the same input: they lie side by side, and one product computes them together.
+_QKV = tuple(f"midlayer.self_attn.{name}_proj.weight" for name in "qkv")
+_GATE_UP = ("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,27 +109,13 @@ class FlatWeights:
     `grad` belongs to one batch and has the dtype of the copies; `summed_grad` is that of an optimizer step, in the
     dtype of the masters where it is a sum over several batches.
 
-    The draft's parameters become views of `master`; loading into them and saving them goes on as before. Projections
-    that read the same input lie side by side, so that one product serves them all.
+    The draft's parameters become views of `master`; loading into them and saving them goes on as before.
 
     Args:
         draft: Its trainable parameters move into the buffers.
         dtype: Of the copies and the gradients.
         fp8: Whether to keep those of MLP and head in FP8 as well.
     """
-
-    #: Weights that one product computes together.
-    _FUSED = (
-        (
-            "qkv",
-            (
-                "midlayer.self_attn.q_proj.weight",
-                "midlayer.self_attn.k_proj.weight",
-                "midlayer.self_attn.v_proj.weight",
-            ),
-        ),
-        ("gate_up", ("midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight")),
-    )
 
     def __init__(self, draft: Draft, *, dtype: torch.dtype, fp8: bool = False) -> None:
         self.parameters = {name: p for name, p in draft.named_parameters() if p.requires_grad}
@@ -167,11 +155,10 @@ class FlatWeights:
 
     def _lay_out(self) -> dict[str, int]:
         """The first element of each weight: vectors, then matrices, those first whose gradients are finished last."""
-        (_, qkv), (_, gate_up) = self._FUSED
         vectors = [name for name, parameter in self.parameters.items() if parameter.dim() <= 1]
-        matrices = [*qkv, "fc.weight", *gate_up]
+        matrices = [*_QKV, "fc.weight", *_GATE_UP]
         others = [name for name in self.parameters if name not in {*vectors, *matrices}]
-        goes_on = {*qkv[1:], *gate_up[1:]}
+        goes_on = {*_QKV[1:], *_GATE_UP[1:]}
         places, end = {}, 0
         for name in [*vectors, *matrices, *others]:
             if name not in goes_on:
@@ -186,13 +173,13 @@ class FlatWeights:
         Returns:
             The part of the head; that of the MLP and of attention's output; all others.
         """
-        middle, head = self._places[self._FUSED[1][1][0]], self._places["lm_head.weight"]
+        middle, head = self._places[_GATE_UP[0]], self._places["lm_head.weight"]
         return buffer[head:], buffer[middle:head], buffer[:middle]
 
     @property
     def start_of_matrices(self) -> int:
         """The first element behind the vectors."""
-        return self._places[self._FUSED[0][1][0]]
+        return self._places[_QKV[0]]
 
     def refresh_(self) -> None:
         """Brings the copies up to date after something else than the optimizer changed the parameters."""
@@ -209,23 +196,22 @@ class FlatWeights:
         parameter, place = self.parameters[name], self._places[name]
         return buffer[place : place + parameter.numel()].view(parameter.shape)
 
-    def _fused(self, buffer: Tensor, name: str) -> Tensor:
-        """The part of a buffer that holds the weights of a fused product, stacked: (rows of all, columns)."""
-        names = dict(self._FUSED)[name]
+    def _stacked(self, buffer: Tensor, names: tuple[str, ...]) -> Tensor:
+        """Weights that lie side by side, as one matrix: (rows of all, columns)."""
         start = self._places[names[0]]
         num_rows = sum(self.parameters[part].shape[0] for part in names)
         num_columns = self.parameters[names[0]].shape[1]
         return buffer[start : start + num_rows * num_columns].view(num_rows, num_columns)
 
     def _views(self, buffer: Tensor) -> DraftWeights:
-        qkv_W2H = self._fused(buffer, "qkv")
+        qkv_W2H = self._stacked(buffer, _QKV)
         width = qkv_W2H.shape[1] // 2
         return DraftWeights(
             fc_HA=self.view(buffer, "fc.weight"),
             token_WH=qkv_W2H[:, :width],
             state_WH=qkv_W2H[:, width:],
             o_HX=self.view(buffer, "midlayer.self_attn.o_proj.weight"),
-            gate_up_2IH=self._fused(buffer, "gate_up"),
+            gate_up_2IH=self._stacked(buffer, _GATE_UP),
             down_HI=self.view(buffer, "midlayer.mlp.down_proj.weight"),
             head_DH=self.view(buffer, "lm_head.weight"),
             input_norm_H=self.view(buffer, "midlayer.input_layernorm.weight"),
@@ -233,99 +219,3 @@ class FlatWeights:
             post_norm_H=self.view(buffer, "midlayer.post_attention_layernorm.weight"),
             final_norm_H=self.view(buffer, "norm.weight"),
         )
-
-
-class FlatAdamW(torch.optim.Optimizer):
-    """AdamW over the buffers of `FlatWeights`; its state is saved and loaded parameter by parameter, as torch's is.
-
-    Args:
-        weights: Updated by each step, copies included.
-        lr: Learning rate; schedulers may change it.
-        betas: Decay of the moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay.
-    """
-
-    def __init__(
-        self,
-        weights: FlatWeights,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        parameters = list(weights.parameters.values())
-        groups: list[dict[str, Any]] = [
-            {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
-            {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
-        ]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._weights = weights
-        self._exp_avg = torch.zeros_like(weights.master)
-        self._exp_avg_sq = torch.zeros_like(weights.master)
-        device = weights.master.device
-        self._step = torch.zeros((), dtype=torch.float32, device=device)
-        self._lr = torch.zeros((), dtype=torch.float32, device=device)
-        self._expose_state()
-
-    def _expose_state(self) -> None:
-        for name, parameter in self._weights.parameters.items():
-            self.state[parameter] = {
-                "step": self._step,
-                "exp_avg": self._weights.view(self._exp_avg, name),
-                "exp_avg_sq": self._weights.view(self._exp_avg_sq, name),
-            }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, here or by torch.optim.AdamW, into the flat buffers."""
-        super().load_state_dict(state_dict)
-        for name, parameter in self._weights.parameters.items():
-            loaded = self.state[parameter]
-            self._step.copy_(torch.as_tensor(loaded["step"]))
-            self._weights.view(self._exp_avg, name).copy_(loaded["exp_avg"])
-            self._weights.view(self._exp_avg_sq, name).copy_(loaded["exp_avg_sq"])
-        self._expose_state()
-
-    @torch.no_grad()
-    def step(self, closure: None = None, *, scale: Tensor | None = None) -> None:  # type: ignore[override]  # no closure
-        """Update the weights by the gradients in the flat buffer.
-
-        Args:
-            closure: Not supported: gradients are made before.
-            scale: Scalar tensor that multiplies the gradients; None for 1.
-        """
-        assert closure is None
-        weights = self._weights
-        self._step += 1
-        middle = weights.start_of_matrices
-        for group, part in zip(self.param_groups, (slice(middle, None), slice(0, middle)), strict=True):
-            self._lr.fill_(group["lr"])
-            adamw_(
-                *(weights.master[part], self._exp_avg[part], self._exp_avg_sq[part]),
-                *(weights.summed_grad[part], weights.copy[part]),
-                scale=torch.ones_like(self._lr) if scale is None else scale,
-                lr=self._lr,
-                step=self._step,
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
-        weights.quantise_()
-
-
-def clip_factor(grad: Tensor, *, scale: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """What to multiply a flat gradient by so that its norm is at most `max_norm`, without a synchronisation.
-
-    Args:
-        grad: The gradient before `scale`.
-        scale: Scalar tensor that normalises it.
-        max_norm: Largest norm after the scaling.
-
-    Returns:
-        The factor, `scale` included, and the norm of the scaled gradient before clipping: scalars, float32 or better.
-    """
-    precise = torch.promote_types(torch.float32, grad.dtype)
-    norm = torch.linalg.vector_norm(grad, dtype=precise) * scale
-    return scale * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from eagle3.config import TrainConfig
-from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
+from eagle3.flat import FlatWeights
+from eagle3.kernels.optimizer import adamw_
 
 _BETAS = (0.9, 0.95)
 
@@ -32,15 +34,7 @@ class DraftOptimizer:
         self.obey_config()
 
     def _make(self) -> Optimizer:
-        return AdamW(
-            [
-                {"params": [parameter for parameter in self.parameters if parameter.dim() > 1]},
-                {"params": [parameter for parameter in self.parameters if parameter.dim() <= 1]},
-            ],
-            lr=self.config.lr,
-            betas=_BETAS,
-            fused=True,
-        )
+        return AdamW(_groups(self.parameters), lr=self.config.lr, betas=_BETAS, fused=True)
 
     def obey_config(self) -> None:
         """Set the weight decay of matrices; also after a checkpoint brought back that of an earlier config."""
@@ -70,6 +64,71 @@ class DraftOptimizer:
         return norm
 
 
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW over the buffers of `FlatWeights`; its state is saved and loaded parameter by parameter, as torch's is.
+
+    Args:
+        weights: Updated by each step, copies included.
+        lr: Learning rate; whoever holds the optimizer may change it, and the decay.
+    """
+
+    def __init__(self, weights: FlatWeights, *, lr: float) -> None:
+        groups = _groups(weights.parameters.values())
+        super().__init__(groups, {"lr": lr, "betas": _BETAS, "eps": 1e-8, "weight_decay": 0.0})
+        self._weights = weights
+        self._exp_avg = torch.zeros_like(weights.master)
+        self._exp_avg_sq = torch.zeros_like(weights.master)
+        device = weights.master.device
+        self._step = torch.zeros((), dtype=torch.float32, device=device)
+        self._lr = torch.zeros((), dtype=torch.float32, device=device)
+        self._expose_state()
+
+    def _expose_state(self) -> None:
+        for name, parameter in self._weights.parameters.items():
+            self.state[parameter] = {
+                "step": self._step,
+                "exp_avg": self._weights.view(self._exp_avg, name),
+                "exp_avg_sq": self._weights.view(self._exp_avg_sq, name),
+            }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, here or by torch.optim.AdamW, into the flat buffers."""
+        super().load_state_dict(state_dict)
+        for name, parameter in self._weights.parameters.items():
+            loaded = self.state[parameter]
+            self._step.copy_(torch.as_tensor(loaded["step"]))
+            self._weights.view(self._exp_avg, name).copy_(loaded["exp_avg"])
+            self._weights.view(self._exp_avg_sq, name).copy_(loaded["exp_avg_sq"])
+        self._expose_state()
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, scale: Tensor | None = None) -> None:  # type: ignore[override]  # no closure
+        """Update the weights by the gradients in the flat buffer.
+
+        Args:
+            closure: Not supported: gradients are made before.
+            scale: Scalar tensor that multiplies the gradients; None for 1.
+        """
+        assert closure is None
+        weights = self._weights
+        self._step += 1
+        middle = weights.start_of_matrices
+        for group, part in zip(self.param_groups, (slice(middle, None), slice(0, middle)), strict=True):
+            self._lr.fill_(group["lr"])
+            adamw_(
+                *(weights.master[part], self._exp_avg[part], self._exp_avg_sq[part]),
+                *(weights.summed_grad[part], weights.copy[part]),
+                scale=torch.ones_like(self._lr) if scale is None else scale,
+                lr=self._lr,
+                step=self._step,
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+        weights.quantise_()
+
+
 class FlatDraftOptimizer(DraftOptimizer):
     """The same on the flat buffers of a draft: scaling, clipping, AdamW and the copies in one pass.
 
@@ -84,7 +143,7 @@ class FlatDraftOptimizer(DraftOptimizer):
         super().__init__(draft, config)
 
     def _make(self) -> Optimizer:
-        self._flat = FlatAdamW(self._weights, lr=self.config.lr, betas=_BETAS)
+        self._flat = FlatAdamW(self._weights, lr=self.config.lr)
         return self._flat
 
     def obey_config(self) -> None:
@@ -132,7 +191,37 @@ def scale_and_clip_(parameters: Iterable[nn.Parameter], *, scale: Tensor, max_no
     norm = nn.utils.get_total_norm(grads)
     # Of sharded gradients each process has a part of the norm.
     norm = scale * (norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = _shortened(scale, norm, max_norm)
     for grad in grads:
         (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(factor)
     return norm
+
+
+def clip_factor(grad: Tensor, *, scale: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """What to multiply a flat gradient by so that its norm is at most `max_norm`, without a synchronisation.
+
+    Args:
+        grad: The gradient before `scale`.
+        scale: Scalar tensor that normalises it.
+        max_norm: Largest norm after the scaling.
+
+    Returns:
+        The factor, `scale` included, and the norm of the scaled gradient before clipping: scalars, float32 or better.
+    """
+    precise = torch.promote_types(torch.float32, grad.dtype)
+    norm = torch.linalg.vector_norm(grad, dtype=precise) * scale
+    return _shortened(scale, norm, max_norm), norm
+
+
+def _shortened(scale: Tensor, norm: Tensor, max_norm: float) -> Tensor:
+    """The scale, less where gradients of this norm would be too long; as `clip_grad_norm_` of torch computes it."""
+    return scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Matrices, then the vectors, whose weights do not decay."""
+    parameters = list(parameters)
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1]},
+    ]

@@ -146,9 +146,7 @@ def _scores(q_TQd: Tensor, k_TKd: Tensor, scale: float, precise: torch.dtype) ->
     return scores.masked_fill(ahead_TT, -torch.inf)
 
 
-def _twin(
-    q_LQd: Tensor, k_LKd: Tensor, v_LKd: Tensor, segments: Segments, scale: float
-) -> tuple[Tensor, Tensor]:
+def _twin(q_LQd: Tensor, k_LKd: Tensor, v_LKd: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
     precise = torch.promote_types(torch.float32, q_LQd.dtype)
     out_LQd = torch.empty_like(q_LQd)
     lse_QL = torch.empty((q_LQd.shape[1], len(q_LQd)), dtype=precise, device=q_LQd.device)

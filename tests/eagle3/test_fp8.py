@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagle3.flat import FlatAdamW, FlatWeights
+from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
 from eagle3.kernels.fp8 import (
     E4M3,
@@ -26,6 +26,7 @@ from eagle3.kernels.fp8 import (
     transposed,
     weight_gradient,
 )
+from eagle3.optimizer import FlatAdamW
 from eagle3_steps import autograd, make_batch, make_draft, run_fused
 
 ON_GPU = [

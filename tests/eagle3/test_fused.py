@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3.flat import FlatAdamW, FlatWeights, clip_factor
+from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, rounded
+from eagle3.optimizer import FlatAdamW, clip_factor
 from eagle3.pairs import padded, plan_pairs
 from eagle3.teacher import TeacherHead
 from eagle3.unroll import plan_rows
