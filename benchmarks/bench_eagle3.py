@@ -201,7 +201,7 @@ class Bench:
         graphed = GraphedStep(sums)
 
         def run() -> Tensor:
-            result = graphed(inputs) if has_graph else sums(replace(inputs, plan=inputs.plan.to(self.device)))
+            result = graphed(inputs) if has_graph else sums(inputs.uploaded())
             factor, _ = clip_factor(weights.grad, scale=1 / result.weight_sum, max_norm=1.0)
             optimizer.step(scale=factor)
             return result.loss_sum / result.weight_sum

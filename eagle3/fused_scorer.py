@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ from eagle3.pairs import with_pairs
 from eagle3.parallel import Ranks
 from eagle3.step import Scorer, to_device
 from eagle3.teacher import TeacherHead
-from eagle3.unroll import TrainingTimeTest, UnrollResult
+from eagle3.unroll import UnrollResult
 
 
 def obstacle(config: RunConfig, draft: Draft) -> str | None:
@@ -56,8 +55,12 @@ def fp8_obstacle(config: RunConfig, draft: Draft, device: torch.device) -> str |
     return fp8.obstacle(device)
 
 
+def _keep(_part: Tensor) -> None:
+    """What a process alone does with a finished gradient."""
+
+
 class FusedScorer(Scorer):
-    """Runs target and draft over a batch without autograd.
+    """Computes the gradients by hand, into `weights.summed_grad`.
 
     Args:
         target: Gives the features.
@@ -68,8 +71,7 @@ class FusedScorer(Scorer):
     """
 
     def __init__(self, target: Target, draft: Draft, weights: FlatWeights, *, config: RunConfig, ranks: Ranks) -> None:
-        unroll = TrainingTimeTest(draft, num_steps=config.unroll.steps, decay=config.unroll.decay)
-        super().__init__(target, unroll, device=ranks.device, precision=weights.copy.dtype, dtype=draft.fc.weight.dtype)
+        super().__init__(target, ranks.device)
         self._draft = draft
         self._weights = weights
         self._ranks = ranks
@@ -91,12 +93,12 @@ class FusedScorer(Scorer):
         self._averages = ranks.device.type == "cuda"
 
     def __call__(self, batch: Batch) -> tuple[UnrollResult, Tensor]:
-        """Scores a batch, as `Scorer` does, and leaves gradients alone."""
+        """As `Scorer` says; gradients are left alone."""
         inputs, is_bad = self._inputs(batch)
-        return self._run(_on(inputs, self.device), with_gradients=False), is_bad
+        return self._run(inputs.uploaded(), with_gradients=False), is_bad
 
     def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:
-        """As `Scorer` says; the gradients are in `weights.summed_grad`."""
+        """As `Scorer` says."""
         inputs, is_bad = self._inputs(batch)
         # Parts of the gradient travel while others are computed. All processes send the same parts in the same order,
         # whatever step their batches are worth.
@@ -107,7 +109,7 @@ class FusedScorer(Scorer):
         if is_short:
             result = self._graphed(inputs)
         else:
-            result = self._run(_on(inputs, self.device), on_gradients=send if goes_early else _keep)
+            result = self._run(inputs.uploaded(), on_gradients=send if goes_early else _keep)
         self._weights.collect_(is_first=is_first, is_last=is_last)
         if is_last and (is_short or not goes_early):
             for part in self._weights.parts(self._weights.summed_grad):
@@ -119,7 +121,7 @@ class FusedScorer(Scorer):
         return result, is_bad
 
     def _inputs(self, batch: Batch) -> tuple[StepInputs, Tensor]:
-        """The step's inputs, their plan still on the host, and whether any is not finite."""
+        """What the step reads, and whether any of it is not finite."""
         features, is_bad = self.features(batch)
         inputs = StepInputs(
             plan=batch.pairs or self._prepare(batch).pairs,
@@ -131,11 +133,7 @@ class FusedScorer(Scorer):
         return inputs, is_bad
 
     def _run(
-        self,
-        inputs: StepInputs,
-        *,
-        with_gradients: bool = True,
-        on_gradients: Callable[[Tensor], object] = lambda _: None,
+        self, inputs: StepInputs, *, with_gradients: bool = True, on_gradients: Callable[[Tensor], object] = _keep
     ) -> UnrollResult:
         if self._head is None:
             # Not before a checkpoint brought the vocabulary.
@@ -157,11 +155,3 @@ class FusedScorer(Scorer):
         )
         assert work is not None
         pending.append(work)
-
-
-def _keep(_part: Tensor) -> None:
-    """What a process alone does with a finished gradient."""
-
-
-def _on(inputs: StepInputs, device: torch.device) -> StepInputs:
-    return replace(inputs, plan=inputs.plan.to(device))

@@ -21,7 +21,6 @@ from eagle3.unroll import UnrollResult
 #: Shapes are rounded up to multiples of these, so that few graphs serve all batches; so many are kept.
 _ROWS, _PAIRS, _TEACHERS, _NUM_GRAPHS = 128, 512, 128, 48
 
-
 #: A step of fewer operations is over before the host has launched its kernels one by one, or soon after that (17 ms
 #: at 600 TFLOP/s).
 _SHORT = 1e13
@@ -58,7 +57,7 @@ class StepInputs:
     """What a step reads, on its device.
 
     Attributes:
-        plan: Rows and pairs.
+        plan: Rows and pairs; it may still be on the host.
         input_ids_L: int64 token ids.
         aux_LA: Captured states, in the compute dtype.
         hidden_LE: Last hidden states of the target.
@@ -70,6 +69,10 @@ class StepInputs:
     aux_LA: Tensor
     hidden_LE: Tensor
     argmax_L: Tensor | None = None
+
+    def uploaded(self) -> StepInputs:
+        """The same with the plan on the device, too."""
+        return replace(self, plan=self.plan.to(self.aux_LA.device))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -104,7 +107,7 @@ class GraphedStep:
         self._pool: Any = None
 
     def __call__(self, inputs: StepInputs) -> UnrollResult:
-        """Runs the step on inputs whose plan may still be on the host."""
+        """Runs the step."""
         if inputs.shape not in self._graphs:
             self._graphs[inputs.shape] = self._capture(inputs)
             if len(self._graphs) > _NUM_GRAPHS:

@@ -1,6 +1,7 @@
 """Step 33: one optimizer step over several batches and processes, and a look at what it gave once it is known."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,52 +19,42 @@ from eagle3.parallel import Ranks, gradients_stay_local
 from eagle3.unroll import UnrollResult
 
 
-class Scorer:
+class Scorer(ABC):
     """Runs target and draft over a batch.
 
     Args:
         target: Gives the features.
-        unroll: A `TrainingTimeTest`, or what `Ranks.distribute` made of one.
         device: Where both are.
-        precision: Of the draft's matrix products.
-        dtype: Of the draft's weights.
 
     Attributes:
         prepare: What the processes that make batches are to add to each; None for nothing.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        unroll: nn.Module,
-        *,
-        device: torch.device,
-        precision: torch.dtype,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, target: Target, device: torch.device) -> None:
         self.target = target
-        self.prepare: Callable[[Batch], Batch] | None = None
-        self.unroll = unroll
         self.device = device
-        self.autocast = torch.autocast(device.type, precision, enabled=precision != dtype)
-        # Autocast chooses for each operation; without it all of them must agree.
-        self.feature_dtype = None if precision != dtype else dtype
+        self.prepare: Callable[[Batch], Batch] | None = None
 
+    @abstractmethod
     def __call__(self, batch: Batch) -> tuple[UnrollResult, Tensor]:
         """Scores a batch.
 
         Returns:
             Its sums, and whether a feature is not finite, as a scalar bool on the device.
         """
-        features, is_bad = self.features(batch)
-        documents_BT = None if batch.documents_BT is None else to_device(batch.documents_BT, self.device)
-        aux_BTA = features.aux_BTA if self.feature_dtype is None else features.aux_BTA.to(self.feature_dtype)
-        with self.autocast:
-            result: UnrollResult = self.unroll(
-                *(to_device(batch.input_ids_BT, self.device), to_device(batch.loss_mask_BT, self.device)),
-                *(aux_BTA, features.hidden_BTE, self.target.head_VE, documents_BT),
-            )
-        return result, is_bad
+
+    @abstractmethod
+    def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:
+        """Scores one of the batches of an optimizer step and adds the gradients of its sum to those of the others.
+
+        Args:
+            batch: To score.
+            is_first: Whether it is the first of the step.
+            is_last: Whether it is the last; then the processes exchange their gradients and keep the mean.
+
+        Returns:
+            As for a call.
+        """
 
     def features(self, batch: Batch) -> tuple[Features, Tensor]:
         """Runs the target.
@@ -75,17 +66,41 @@ class Scorer:
         finite = features.aux_BTA.isfinite().all() & features.hidden_BTE.isfinite().all()
         return features, ~finite
 
-    def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:  # noqa: ARG002
-        """Scores one of the batches of an optimizer step and adds the gradients of its sum to those of the others.
 
-        Args:
-            batch: To score.
-            is_first: Whether it is the first of the step.
-            is_last: Whether it is the last; then the processes exchange their gradients and keep the mean.
+class AutogradScorer(Scorer):
+    """Lets autograd find the gradients, which the draft's parameters hold.
 
-        Returns:
-            As for a call.
-        """
+    Args:
+        target: As of `Scorer`.
+        unroll: A `TrainingTimeTest`, or what `Ranks.distribute` made of one.
+        device: As of `Scorer`.
+        precision: Of the draft's matrix products.
+        dtype: Of the draft's weights.
+    """
+
+    def __init__(
+        self, target: Target, unroll: nn.Module, *, device: torch.device, precision: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        super().__init__(target, device)
+        self.unroll = unroll
+        self.autocast = torch.autocast(device.type, precision, enabled=precision != dtype)
+        # Autocast chooses for each operation; without it all of them must agree.
+        self.feature_dtype = None if precision != dtype else dtype
+
+    def __call__(self, batch: Batch) -> tuple[UnrollResult, Tensor]:
+        """As `Scorer` says."""
+        features, is_bad = self.features(batch)
+        documents_BT = None if batch.documents_BT is None else to_device(batch.documents_BT, self.device)
+        aux_BTA = features.aux_BTA if self.feature_dtype is None else features.aux_BTA.to(self.feature_dtype)
+        with self.autocast:
+            result: UnrollResult = self.unroll(
+                *(to_device(batch.input_ids_BT, self.device), to_device(batch.loss_mask_BT, self.device)),
+                *(aux_BTA, features.hidden_BTE, self.target.head_VE, documents_BT),
+            )
+        return result, is_bad
+
+    def learn(self, batch: Batch, *, is_first: bool, is_last: bool) -> tuple[UnrollResult, Tensor]:  # noqa: ARG002 - the optimizer has forgotten the step before
+        """As `Scorer` says."""
         with nullcontext() if is_last else gradients_stay_local(self.unroll):
             result, is_bad = self(batch)
             result.loss_sum.backward()

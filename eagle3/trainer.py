@@ -26,12 +26,11 @@ from eagle3.flat import FlatWeights
 from eagle3.fused_scorer import FusedScorer, fp8_obstacle, obstacle
 from eagle3.inputs import RunInputs, Target, choose_vocab, open_inputs
 from eagle3.loss import Objective
-from eagle3.metrics import METRICS as METRICS
 from eagle3.metrics import Measurement, MetricsLog, Sums
 from eagle3.optimizer import DraftOptimizer, FlatDraftOptimizer
 from eagle3.parallel import Ranks, all_present
 from eagle3.progress import Display
-from eagle3.step import Scorer, StepResult, Watch, take_step
+from eagle3.step import AutogradScorer, Scorer, StepResult, Watch, take_step
 from eagle3.stopping import StopRequest, stop_on_signals
 from eagle3.tokens import EncodedData
 from eagle3.unroll import TrainingTimeTest
@@ -324,7 +323,7 @@ def scorer_and_optimizer(
     dtype = draft.fc.weight.dtype
     # The optimizer comes after sharding, which puts other parameters into the draft.
     return (
-        Scorer(target, distributed, device=ranks.device, precision=precision, dtype=dtype),
+        AutogradScorer(target, distributed, device=ranks.device, precision=precision, dtype=dtype),
         DraftOptimizer(draft, config.train),
     )
 

@@ -2,8 +2,6 @@
 
 # Expected values stand on the left.
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,7 +170,7 @@ def test_a_step_waits_for_nothing_and_its_graph_gives_the_same(fp8):
     inputs = [on_gpu(batch, num_steps=3) for batch in batches]
     expected = []
     for part in inputs:
-        result = run(replace(part, plan=part.plan.to(torch.device("cuda"))))
+        result = run(part.uploaded())
         expected.append((result.loss_sum.item(), result.counts.as_tensor().tolist(), weights.grad.clone()))
     graphed(inputs[0])
     factor = torch.ones((), device="cuda")
@@ -185,7 +183,7 @@ def test_a_step_waits_for_nothing_and_its_graph_gives_the_same(fp8):
             factor, _ = clip_factor(weights.grad, scale=factor, max_norm=1.0)
             optimizer.step(scale=factor)
             found.append((result, weights.grad.clone()))
-            run(replace(part, plan=part.plan.to(torch.device("cuda"))))
+            run(part.uploaded())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for (loss, counts, grad), (result, graphed_grad) in zip(expected, found, strict=True):
