@@ -37,9 +37,10 @@ def keep_ties(accelerator: Accelerator) -> None:
         weights.clear()
 
     def load(models: list[nn.Module], folder: str) -> None:
-        for index, model in enumerate(models):
-            tiepolicy_dcp.load(Path(folder) / f"model_{index}", model=model)
-        models.clear()
+        if (Path(folder) / "model_0").exists():  # a state from before is left to the accelerator
+            for index, model in enumerate(models):
+                tiepolicy_dcp.load(Path(folder) / f"model_{index}", model=model)
+            models.clear()
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

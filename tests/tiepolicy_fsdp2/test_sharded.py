@@ -3,7 +3,6 @@
 A test whose name says `today` pins what torch alone does; when it fails, torch was fixed.
 """
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from tower import ROWS, Tower, digests
 import tiepolicy_dcp
 import tiepolicy_fsdp2
 from models import TiedPair
-from torchrun import results_of, torchrun
+from torchrun import results_of
 
 RANKS = Path(__file__).with_name("sharded.py")
 pytestmark = pytest.mark.dist
@@ -230,19 +229,6 @@ def test_a_tie_that_is_lost_under_ddp_is_named_with_the_step(on_two):
 def test_what_cannot_be_sharded_is_refused_on_every_rank_with_one_sentence(on_two, case, sentence):
     assert on_two[case]["agreed"]
     assert on_two[case]["error"].startswith(sentence)
-
-
-@pytest.mark.slow
-def test_the_script_on_the_page_runs_and_prints_what_the_page_shows(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "fsdp2.md").read_text()
-    model, (script, shown) = (
-        page.split("```python\n")[1].split("\n\nfor ")[0],
-        re.findall(r"```py\n(.*?)```.*?```output\n(.*?)```", page, re.DOTALL)[0],
-    )
-    (tmp_path / "model.py").write_text(model)
-    (tmp_path / "train.py").write_text(script)
-    output = torchrun(tmp_path / "train.py", num_processes=2).stdout.splitlines()
-    assert shown.strip() in output
 
 
 def test_a_rank_with_other_ties_stops_all_before_anything_is_sharded(on_two):
