@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiepolicy
 from tiepolicy._cli import main
 from torchrun import torchrun
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["cli.md", "concepts.md", "dcp.md", "fsdp2.md", "huggingface.md", "index.md", "migration.md", "plugins.md"]
+GUIDES = ["cli", "concepts", "dcp", "fsdp2", "huggingface", "index", "migration", "plugins"]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in GUIDES)]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
-    return BLOCK.findall((ROOT / "docs" / page).read_text())
+    return BLOCK.findall((ROOT / page).read_text())
 
 
 def printed(function):
@@ -65,7 +67,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, 
 def scripts(page):
     """Its scripts for torchrun by their names, each with what is shown for it."""
     script = re.compile(r"```py\n(# (\w+\.py): torchrun .*?)```(?:\n\n```output\n(.*?)```)?", re.DOTALL)
-    return {name: (code, shown) for code, name, shown in script.findall((ROOT / "docs" / page).read_text())}
+    return {name: (code, shown) for code, name, shown in script.findall((ROOT / page).read_text())}
 
 
 @pytest.mark.slow
@@ -75,7 +77,7 @@ def test_a_script_of_a_page_runs_in_two_processes_and_prints_what_the_page_shows
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     code, shown = scripts(page)[name]
-    (model,) = [text for _, text in blocks("fsdp2.md") if text.startswith("# model.py\n")]
+    (model,) = [text for _, text in blocks("docs/fsdp2.md") if text.startswith("# model.py\n")]
     Path("model.py").write_text(model)
     Path(name).write_text(code)
     result = torchrun(ROOT / "tests" / "example_ranks.py", name, num_processes=2)
@@ -84,14 +86,18 @@ def test_a_script_of_a_page_runs_in_two_processes_and_prints_what_the_page_shows
     assert (fails, fails) == (result.returncode != 0, "in the same FSDP group" in result.stdout), result.stdout
 
 
-def test_the_picture_on_the_page_of_concepts_is_that_of_its_model():
+@pytest.mark.parametrize(
+    ("page", "name", "picture"), [("README.md", "draft", "draft.svg"), ("docs/concepts.md", "model", "plan.svg")]
+)
+def test_the_picture_on_a_page_is_that_of_its_model(page, name, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {}
-    code = next(text for language, text in blocks("concepts.md") if language == "python")
-    printed(lambda: exec(compile(code, "concepts.md", "exec"), namespace))
-    assert (ROOT / "docs" / "pictures" / "plan.svg").read_text() == namespace["plan"].to_svg()
+    code = next(text for language, text in blocks(page) if language == "python")
+    printed(lambda: exec(compile(code, page, "exec"), namespace))
+    assert (ROOT / "docs" / "pictures" / picture).read_text() == tiepolicy.plan(namespace[name]).to_svg()
 
 
 def test_the_entry_point_on_the_page_is_that_of_the_example():
-    shown = [text for language, text in blocks("plugins.md") if language == "toml"]
+    shown = [text for language, text in blocks("docs/plugins.md") if language == "toml"]
     example = (ROOT / "examples" / "plugin" / "pyproject.toml").read_text()
     assert [True] == [text in example for text in shown]

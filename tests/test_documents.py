@@ -2,19 +2,11 @@
 
 import doctest
 import importlib
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-_DRAW = """
-with open("draft.svg", "w") as file:
-    file.write(tiepolicy.plan(draft).to_svg())
-"""
 SOURCES = [ROOT, ROOT / "adapters"]
 WITH_EXAMPLES = [
     ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__")
@@ -23,17 +15,6 @@ WITH_EXAMPLES = [
     for path in sorted((source / package).rglob("*.py"))
     if ">>> " in path.read_text()
 ]
-
-
-def test_the_first_example_of_the_readme_prints_and_draws_what_it_shows(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    code, output = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", readme, re.DOTALL).groups()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code + _DRAW], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert output == result.stdout
-    assert (ROOT / "docs" / "pictures" / "draft.svg").read_text() == (tmp_path / "draft.svg").read_text()
 
 
 def test_the_file_tree_of_the_readme_names_every_module():

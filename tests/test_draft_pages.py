@@ -15,7 +15,7 @@ from eagle3.options import read_settings
 from eagle3_runs import make_run_world
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("draft-*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("draft-*.md"))]
 COMMAND = re.compile(r"^(?:\$ |torchrun .*-m )?eagle3 (.+)$", re.MULTILINE)
 #: Stand-ins for two commands of SLURM, on one node: the name of a host, and one task that is run here.
 SLURM = {"scontrol": "echo localhost", "srun": 'shift; exec "$@"'}
@@ -28,7 +28,7 @@ def test_the_commands_of_a_page_take_the_options_that_it_gives_them(page, tmp_pa
     monkeypatch.chdir(tmp_path)
     lines = COMMAND.findall(page.read_text())
     for line in lines:
-        name, *arguments = shlex.split(line)
+        name, *arguments = shlex.split(line, comments=True)
         read_settings(COMMANDS[name].settings, _named(COMMANDS[name], arguments))
     assert lines
 
