@@ -287,6 +287,9 @@ def write_run_config(out: str | Path, config: RunConfig) -> None:
 def read_run_config(out: str | Path) -> RunConfig:
     """The settings that a run was started with, from its folder.
 
+    Args:
+        out: The folder of the run.
+
     Raises:
         ConfigError: They are missing, or cannot be read.
     """

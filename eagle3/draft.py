@@ -234,6 +234,9 @@ class Draft(nn.Module):
 
     Built under `torch.device("meta")` and moved with `to_empty`, it is complete after `init_from_target_` or after a
     strict `load_state_dict`.
+
+    Args:
+        config: A Llama config with the keys of EAGLE-3, such as `draft_config` makes.
     """
 
     d2t: Tensor
@@ -337,7 +340,11 @@ class Draft(nn.Module):
                 )
 
     def fuse(self, aux: Tensor) -> Tensor:
-        """Turns captured states (..., A) into the states of step 0 (..., H)."""
+        """Turns captured states `aux` (..., A) into the states of step 0.
+
+        Returns:
+            States (..., H).
+        """
         if self.config.fc_norm:
             parts = zip(self.fc_norm, aux.chunk(3, dim=-1), strict=True)
             aux = torch.cat([norm(part) for norm, part in parts], dim=-1)
@@ -362,11 +369,15 @@ class Draft(nn.Module):
         return torch.cat((tokens, layer.hidden_norm(states)), dim=-1)
 
     def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Projects step inputs (..., rows, 2H) at positions (..., rows) to rotated queries (..., rows, Q, d)."""
+        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows).
+
+        Returns:
+            Rotated queries (..., rows, Q, d).
+        """
         return self._rope.rotate(self._heads(self.midlayer.self_attn.q_proj(inputs)), positions)
 
     def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects step inputs (..., rows, 2H) at positions (..., rows) to rotated keys and values.
+        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows) to rotated keys and values.
 
         Returns:
             Both (..., rows, K, d).
@@ -381,7 +392,7 @@ class Draft(nn.Module):
         return self._rope.depends_on_length
 
     def rope_angles(self, positions: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Computes cosines and sines of positions (rows,), (rows, d / 2) each, as queries and keys are rotated by."""
+        """Returns cosines and sines (rows, d / 2) in `dtype`, which rotate queries and keys at `positions` (rows,)."""
         return self._rope.angles(positions, dtype=dtype, device=positions.device)
 
     def next_states(self, states: Tensor, attended: Tensor) -> Tensor:
@@ -402,7 +413,7 @@ class Draft(nn.Module):
         return self.norm(finished) if self.config.norm_output else finished
 
     def head_states(self, states: Tensor) -> Tensor:
-        """Gives the head what it reads of a step's result (..., H): its norm, unless it is normed already."""
+        """Returns what the head reads of a step's `states` (..., H): their norm, unless they are normed already."""
         normed: Tensor = states if self.config.norm_output else self.norm(states)
         return normed
 

@@ -88,6 +88,9 @@ def estimate(config: RunConfig, *, num_processes: int, device: DeviceName = "h20
         num_processes: How many train together.
         device: Kind of the devices.
 
+    Returns:
+        Memory and time, with what they are made of.
+
     Raises:
         TargetError: The target's config cannot be read, or it is too shallow.
         ConfigError: Settings do not fit the target.

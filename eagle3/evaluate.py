@@ -104,6 +104,9 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
         trained: Its draft is cast to the target's dtype.
         config: What to measure; its run, checkpoint and target were opened already.
 
+    Returns:
+        Acceptance, tokens per pass and times of each.
+
     Raises:
         DataError: The conversations cannot be read, or none of them begins with a question.
     """

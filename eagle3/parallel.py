@@ -56,19 +56,19 @@ class Ranks:
         return self.rank == 0
 
     def sum_(self, values: Tensor) -> None:
-        """Replace a tensor by its sum over all processes."""
+        """Replace a tensor, `values`, by its sum over all processes."""
         if self.world_size > 1:
             dist.all_reduce(values)
 
     def gather(self, value: T) -> Sequence[T]:
-        """The value of every process, by rank."""
+        """The `value` of every process, by rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def on_first(self, step: Callable[[], object]) -> None:
-        """Run a step in the first process; what it finds wrong with the input is raised in all of them."""
+        """Run a `step` in the first process; what it finds wrong with the input is raised in all of them."""
         failure: Eagle3Error | None = None
         if self.is_first:
             try:
@@ -84,6 +84,10 @@ class Ranks:
 
         What is wrong with the input is wrong in every process, and reads best once: the first always speaks, and the
         others only where the first says something else, or nothing while they wait.
+
+        Args:
+            sentence: Why.
+            patience: How long the others wait for the first.
         """
         self._tell_launcher(sentence)
         if self.store is None or self.is_first:
@@ -209,6 +213,9 @@ def joined() -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did; leave them at the end of the block.
 
     Uses one GPU per process and NCCL where there are GPUs, else the CPU and gloo.
+
+    Returns:
+        A block with this process among them.
 
     Raises:
         ConfigError: If there are more processes than GPUs.

@@ -55,6 +55,12 @@ def run_report(config: ReportConfig) -> None:
 def read_runs(folders: Sequence[str]) -> list[RunRecord]:
     """Reads what runs wrote down.
 
+    Args:
+        folders: Of the runs.
+
+    Returns:
+        A record of each, in the order given.
+
     Raises:
         ConfigError: A folder holds no run.
         DataError: A run has measured nothing yet, or its files cannot be read.

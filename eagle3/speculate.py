@@ -208,7 +208,12 @@ class _TargetReader:
 
 
 class DraftChain:
-    """The draft with its cache: one row for each known token, behind them the rows of the chain under way."""
+    """The draft with its cache: one row for each known token, behind them the rows of the chain under way.
+
+    Args:
+        draft: The draft, in evaluation mode.
+        capacity: Rows of the cache: the most tokens of a text, and of a chain behind it.
+    """
 
     def __init__(self, draft: Draft, *, capacity: int) -> None:
         self.draft = draft
@@ -230,6 +235,9 @@ class DraftChain:
             rule: Draws tokens.
             num_tokens: Most tokens to draft; fewer if one of them ends the text.
             stop_ids: Tokens that end the text.
+
+        Returns:
+            A proposal for each token that is drafted.
         """
         draft = self.draft
         states_RH = draft.fuse(aux_RA.to(draft.fc.weight.dtype))

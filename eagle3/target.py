@@ -93,6 +93,9 @@ class FrozenTarget:
             device: One device for the whole model.
             layers: As for the class.
 
+        Returns:
+            The target, in evaluation mode.
+
         Raises:
             TargetError: Something is missing or cannot be read, or as for the class.
             ConfigError: As for the class.
@@ -139,7 +142,14 @@ class FrozenTarget:
         return self._features_one_by_one(input_ids_BT, documents_BT)
 
     def features_of(self, batch: Batch) -> Features:
-        """Runs the target on a batch, which is on any device; the features are on the target's."""
+        """Runs the target on a batch, which is on any device.
+
+        Args:
+            batch: Token ids and their masks.
+
+        Returns:
+            What the draft is trained on, on the target's device.
+        """
         device = self.head_VE.device
         documents_BT = None if batch.documents_BT is None else batch.documents_BT.to(device)
         return self.features(batch.input_ids_BT.to(device), documents_BT=documents_BT)

@@ -46,6 +46,10 @@ def train(config: RunConfig, ranks: Ranks) -> None:
 
     Called by all processes.
 
+    Args:
+        config: The run.
+        ranks: This process among those of the run.
+
     Raises:
         Eagle3Error: If the settings, the data, the target or the run's folder cannot be used, or numbers are no longer
             finite.

@@ -116,6 +116,9 @@ def draft_vocab(
         size: D, or None for the whole vocabulary.
         cache: Gets `vocab-DIGEST.safetensors` with `d2t`, `t2d` and `counts`, and the coverage in its metadata.
 
+    Returns:
+        The vocabulary, made or read from the cache.
+
     Raises:
         ConfigError: `size` does not fit.
         DataError: An id of the data lies outside the target's vocabulary, or the cache cannot be written.

@@ -62,6 +62,9 @@ def plan(source: TensorSource, *, external: Owners | None = None, digests: bool 
             the tensors of the draft that are the target's.
         digests: Whether to read those tensors and record their digests, so that `TiePlan.compact` may leave them out.
 
+    Returns:
+        The plan, which keeps none of the tensors.
+
     Raises:
         ObservationError: If the source holds something that is no named tensor.
         PluginError: If a plugin raises or answers with a wrong type.

@@ -90,7 +90,7 @@ class Verdict:
 
     @staticmethod
     def alias(reason: Reason | str, detail: str = "") -> "Verdict":
-        """The claimed names are one tensor.
+        """The claimed names are one tensor, for a `reason` with a `detail`.
 
         Raises:
             ValueError: If `reason` is none of `Reason`.
@@ -99,7 +99,7 @@ class Verdict:
 
     @staticmethod
     def independent(reason: Reason | str, detail: str = "") -> "Verdict":
-        """The claimed names are separate tensors.
+        """The claimed names are separate tensors, for a `reason` with a `detail`.
 
         Raises:
             ValueError: If `reason` is none of `Reason`.

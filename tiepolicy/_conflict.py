@@ -71,22 +71,22 @@ class Resolution:
 
     @staticmethod
     def keep(name: str) -> "Resolution":
-        """Of two values, both names get the value of this one; the other value is lost, by choice."""
+        """The way out of two values in which both names get that of `name`; the other is lost, by choice."""
         return Resolution(way=Way.KEEP, name=name)
 
     @staticmethod
     def untie() -> "Resolution":
-        """Of two values, both names keep theirs and are separate tensors from now on."""
+        """The way out of two values in which both names keep theirs and are separate tensors from now on."""
         return Resolution(way=Way.UNTIE)
 
     @staticmethod
     def take(name: str) -> "Resolution":
-        """A missing tensor gets the values stored under this name, which must have its shape and dtype."""
+        """The way out of a missing tensor in which it gets what is stored as `name`, of its shape and dtype."""
         return Resolution(way=Way.TAKE, name=name)
 
     @staticmethod
     def leave() -> "Resolution":
-        """A missing tensor stays as it is in the model."""
+        """The way out of a missing tensor in which it stays as it is in the model."""
         return Resolution(way=Way.LEAVE)
 
     def __str__(self) -> str:
@@ -129,7 +129,7 @@ def unresolved(conflict: Conflict | Missing) -> None:
 
 
 def settle(conflict: Conflict, resolver: Resolver) -> str | None:
-    """The name to keep, or None to untie.
+    """The name to keep in a `conflict`, as the `resolver` wants it, or None to untie.
 
     Raises:
         TieConflictError: If the resolver has no answer.

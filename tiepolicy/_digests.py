@@ -48,7 +48,7 @@ class Digest(Protocol):
     """A digest in the making."""
 
     def update(self, data: bytes | memoryview, /) -> None:
-        """Take some bytes."""
+        """Take some bytes, `data`."""
 
     def hexdigest(self) -> str:
         """The digest of all bytes so far."""
@@ -69,19 +69,19 @@ def new_digest() -> Digest:
 
 
 def measure(paths: Iterable[Path], *, digests: bool = True) -> dict[str, FileRecord]:
-    """Size and, if asked for, digest of files, by file name."""
+    """The size of the files at `paths` and, if `digests` are asked for, their digest, by file name."""
     return {path.name: FileRecord(path.stat().st_size, _digest(_chunks(path)) if digests else "") for path in paths}
 
 
 def digests_text(records: Mapping[str, FileRecord]) -> str:
-    """What `digests.json` holds of the files of a checkpoint."""
+    """The text of `digests.json` with the `records` of the files of a checkpoint, by file name."""
     files = {name: list(record) for name, record in sorted(records.items())}
     algorithm = _ALGORITHM if all(record.digest for record in records.values()) else _SIZES_ONLY
     return json.dumps({"algorithm": algorithm, "files": files}, indent=1)
 
 
 def read_digests(folder: Path) -> dict[str, FileRecord] | None:
-    """The records of a checkpoint; None if it has none.
+    """The records of the checkpoint in `folder`, by file name; None if it has none.
 
     Raises:
         CheckpointError: If they are damaged, or of another algorithm.

@@ -63,7 +63,7 @@ def find_external(names: tuple[str, ...], facts: Facts, external: Owners, *, dig
 
 
 def take(tie: ExternalTie, external: Owners) -> torch.Tensor:
-    """The tensor of another model that a name stands for: that tensor itself, or a view of it.
+    """The tensor that a `tie` is about, itself or a view of it, from the `external` models.
 
     Raises:
         MissingTensorError: If the model is not given, or has no such tensor.

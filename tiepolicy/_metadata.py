@@ -68,6 +68,9 @@ def read_sharded_metadata(folder: Path, *, files: slice = slice(None)) -> Sharde
         folder: The checkpoint.
         files: Which of the files to look at, sorted by name; ranks that load together share the work.
 
+    Returns:
+        Its tensors, and where their bytes are.
+
     Raises:
         CheckpointError: If there is none, it is damaged, a file is missing or was cut, or a tensor is said to be larger
             than all its bytes in the files.

@@ -24,6 +24,11 @@ class Facts(Mapping[str, TensorFact]):
     """The facts of every named tensor of one model, each built when it is asked for.
 
     Holds the tensors, so the identities in the facts stay valid for as long as this object lives.
+
+    Args:
+        tensors: By name.
+        kind: Of all that are no buffers.
+        buffers: The names of the persistent buffers.
     """
 
     def __init__(
@@ -61,7 +66,7 @@ class Facts(Mapping[str, TensorFact]):
         return len(self._tensors)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor that a fact is about."""
+        """The tensor called `name`."""
         return self._tensors[name]
 
     def buffers(self) -> Collection[str]:
@@ -69,11 +74,11 @@ class Facts(Mapping[str, TensorFact]):
         return self._buffers
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a name is that of a persistent buffer."""
+        """Whether `name` is that of a persistent buffer."""
         return name in self._buffers
 
     def names_of(self, tensor: torch.Tensor) -> list[str]:
-        """The names of one tensor object, sorted."""
+        """The names of one `tensor` object, sorted."""
         if self._names_by_object is None:
             self._names_by_object = {}
             for name, candidate in self._tensors.items():
@@ -81,7 +86,7 @@ class Facts(Mapping[str, TensorFact]):
         return sorted(self._names_by_object.get(id(tensor), ()))
 
     def specs(self) -> Specs:
-        """Global shape and dtype of every name, as they are now."""
+        """The global shape and dtype of every name, as they are now."""
         tensors = self._tensors.values()
         return Specs(list(self._tensors), [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors])
 
@@ -93,7 +98,7 @@ class Facts(Mapping[str, TensorFact]):
 
 
 def observe(source: TensorSource) -> Facts:
-    """Collect the facts of a module's parameters and persistent buffers, or of a mapping's tensors.
+    """The facts of the parameters and persistent buffers of a module, or of the tensors of a mapping: the `source`.
 
     Reads no tensor data and synchronises no device.
 
@@ -125,7 +130,7 @@ def observe(source: TensorSource) -> Facts:
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every path it is registered at, the path without the parts that wrappers add.
+    """Every module below `root` under every path it is registered at, without the parts of paths that wrappers add.
 
     With `torch.compile`, DDP and the like in between, several modules have one path: the wrapper first.
 

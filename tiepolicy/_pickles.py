@@ -33,7 +33,7 @@ class Record:
 
 
 def record(name: str) -> type[Record]:
-    """A kind of record."""
+    """A kind of record, called `name`."""
     return type(name, (Record,), {})
 
 
@@ -115,7 +115,11 @@ class RecordUnpickler(pickle._Unpickler):  # noqa: SLF001 - the one in C has no 
         target.update(zip(keys, values, strict=True))
 
     def build(self) -> None:
-        """BUILD, for records only."""
+        """BUILD, for records only.
+
+        Raises:
+            UntrustedCheckpointError: If it changes anything else.
+        """
         state = self.stack.pop()
         if not isinstance(self.stack[-1], Record):
             raise UntrustedCheckpointError(f"it changes a {type(self.stack[-1]).__name__}")

@@ -91,18 +91,18 @@ class TiePlan:
         return None if place is None else place[1]
 
     def stored(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor that a checkpoint of the whole model holds, by name."""
+        """The shape and dtype of every tensor that a checkpoint of the whole model holds, by name."""
         left_out = self.owned_elsewhere
         return {
             name: spec for name, spec in self.tensors.items() if self.canonical(name) == name and name not in left_out
         }
 
     def whole_aliases(self, canonical: str) -> tuple[Alias, ...]:
-        """The aliases that are the whole of a stored tensor."""
+        """The aliases that are the whole of the tensor stored as `canonical`."""
         return tuple(alias for alias in self._aliases(canonical) if alias.view is None)
 
     def part_aliases(self, canonical: str) -> tuple[Alias, ...]:
-        """The aliases that are views of a part of a stored tensor, or of its elements in another order."""
+        """The aliases that are a part of what is stored as `canonical`, or its elements in another order."""
         return tuple(alias for alias in self._aliases(canonical) if alias.view is not None)
 
     def _aliases(self, canonical: str) -> tuple[Alias, ...]:
@@ -110,7 +110,7 @@ class TiePlan:
         return () if place is None else place[0].aliases
 
     def verdict(self, a: str, b: str) -> Verdict | None:
-        """The decision on two names, in either order; None if nobody claims that they are one tensor.
+        """The decision on names `a` and `b`, in either order; None if nobody claims that they are one tensor.
 
         A tensor of another model is named by its owner and its name there: `target:embed_tokens.weight`.
         """
@@ -127,12 +127,12 @@ class TiePlan:
         return None
 
     def compact(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Leave out the aliases of a state dict, and what other models own.
+        """Leave out the aliases of `state_dict`, and what other models own.
 
-        Copies no tensor and changes nothing: the result is a new mapping of the same tensors. An alias whose canonical
-        name is not in the mapping stays. An alias whose tensor no longer shares memory with the canonical one (the
-        state was gathered, cloned or offloaded) is compared with it byte by byte and left out if equal. An external
-        tensor is left out if the plan has its digest and the tensor still has that digest; it is read for that.
+        Copies no tensor and changes nothing. An alias whose canonical name is not in the mapping stays. An alias whose
+        tensor no longer shares memory with the canonical one (the state was gathered, cloned or offloaded) is compared
+        with it byte by byte and left out if equal. An external tensor is left out if the plan has its digest and the
+        tensor still has that digest; it is read for that.
 
         Example:
             >>> import tiepolicy
@@ -141,6 +141,9 @@ class TiePlan:
             >>> plan = tiepolicy.plan(state)
             >>> sorted(plan.compact(state))
             ['embed.weight']
+
+        Returns:
+            A new mapping of the same tensors.
 
         Raises:
             TieConflictError: If tied names hold different values and no plugin resolves it.
@@ -180,6 +183,9 @@ class TiePlan:
         Args:
             compacted: What `compact` returned.
             external: The models that own external tensors, by the names the plan was made with.
+
+        Returns:
+            A new mapping with every name.
 
         Raises:
             ShapeMismatchError: If a canonical tensor has another shape than the plan says.
@@ -299,7 +305,10 @@ class TiePlan:
 
     @staticmethod
     def from_manifest(manifest: Mapping[str, Any] | str | bytes) -> "TiePlan":
-        """Read what `to_manifest` wrote, as JSON text or as the values in it.
+        """Read the `manifest` that `to_manifest` wrote, as JSON text or as the values in it.
+
+        Returns:
+            A plan equal to the one that was written.
 
         Raises:
             ManifestError: If it is malformed, contradicts itself, or is of a newer version.

@@ -85,6 +85,9 @@ class Policy:
             digests: Whether to read the external tensors and record their digests, so that `TiePlan.compact` may
                 leave them out. Without, they are recognised and stored.
 
+        Returns:
+            The plan, which keeps none of the tensors.
+
         Raises:
             ObservationError: If the source holds something that is no named tensor.
             PluginError: If a plugin raises or answers with a wrong type.
@@ -147,7 +150,7 @@ class Policy:
         return self.plan(model)
 
     def resolve(self, conflict: Conflict | Missing) -> Resolution | None:
-        """What the plugins want done about two values of one tensor, or a missing one; None if they leave it an error.
+        """What the plugins want done about a `conflict` or a missing tensor; None if they leave it an error.
 
         Raises:
             PluginError: If a plugin raises or answers with a wrong type.

@@ -67,9 +67,12 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
+    """Read and check the header of the safetensors file at `path`.
 
     Reads at most 100 MB and no tensor. What it accepts, `safetensors` accepts; it refuses more: a name twice.
+
+    Returns:
+        Its tensors, without their elements.
 
     Raises:
         CheckpointError: If the file cannot be read, is cut, or its header is damaged.

@@ -42,7 +42,7 @@ def summary(num_tensors: int, num_groups: int, num_refused: int, *, bytes_saved:
 
 
 def format_bytes(count: int) -> str:
-    """A count of bytes with three significant digits in decimal units: `525 MB`."""
+    """A `count` of bytes with three significant digits in decimal units: `525 MB`."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:

@@ -14,7 +14,7 @@ _WORDS, _FACTOR = 1 << 16, 6364136223846793005
 
 
 def view_of(owner: torch.Tensor, view: View | None) -> torch.Tensor:
-    """The alias of `owner` that a view describes: `owner` itself if there is no view, else a view of its memory."""
+    """The alias of `owner` that a `view` describes: `owner` itself if there is no view, else a view of its memory."""
     if view is None:
         return owner
     dense = owner.contiguous()
@@ -22,7 +22,7 @@ def view_of(owner: torch.Tensor, view: View | None) -> torch.Tensor:
 
 
 def first_difference(expected: torch.Tensor, actual: torch.Tensor) -> str | None:
-    """Where two tensors first differ in shape, dtype or bits, as a phrase; None if they do not.
+    """Where tensors `expected` and `actual` first differ in shape, dtype or bits, as a phrase; None if they do not.
 
     Compares bits, so a NaN equals itself and 0.0 differs from -0.0. Shards of DTensors are compared where they lie.
     """
@@ -79,7 +79,7 @@ def _shown(tensor: torch.Tensor, index: tuple[int, ...]) -> str:
 
 
 def content_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of the elements in row-major order, as hexadecimal; equal bits, equal digests.
+    """The SHA-256 of the elements of `tensor` in row-major order, as hexadecimal; equal bits, equal digests.
 
     Reads the tensor. For a DTensor it gathers the whole of it first: called by all ranks of its mesh.
 

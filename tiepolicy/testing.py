@@ -23,7 +23,7 @@ FIELD_VOCAB_SIZES = [8192, 32000, 50257, 128256, 151936, 262144]
 
 
 class Config:
-    """A config with the one flag that claims."""
+    """A config with the one flag that claims, `tie_word_embeddings`."""
 
     def __init__(self, *, tie_word_embeddings: bool) -> None:
         self.tie_word_embeddings = tie_word_embeddings
@@ -60,7 +60,7 @@ class FlaggedPair(nn.Module):
 
 
 class FusedProjections(nn.Module):
-    """One fused weight, and parts of it as buffers that share its memory."""
+    """One fused weight (3 * `hidden_size`, `hidden_size`), and its thirds as buffers that share its memory."""
 
     def __init__(self, *, hidden_size: int) -> None:
         super().__init__()
@@ -75,12 +75,12 @@ def vocab_sizes() -> st.SearchStrategy[int]:
 
 
 def small_sizes() -> st.SearchStrategy[int]:
-    """Sizes small enough for tensors with data, 1 included."""
+    """A size small enough for tensors with data, 1 included."""
     return st.integers(1, 9)
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Types that weights are stored in."""
+    """A type that weights are stored in."""
     return st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
@@ -106,7 +106,7 @@ def untied_models(draw: st.DrawFn) -> nn.Module:
 
 @st.composite
 def flagged_models(draw: st.DrawFn, *, sizes: st.SearchStrategy[int] | None = None) -> nn.Module:
-    """The flag on, and shapes that differ: the head of a draft with a vocabulary of its own."""
+    """A flag that is on, and shapes of `sizes` that differ: the head of a draft with a vocabulary of its own."""
     first, second = draw(st.lists(sizes or small_sizes(), min_size=2, max_size=2, unique=True))
     return FlaggedPair(flag=True, vocab_size=first, draft_vocab_size=second, hidden_size=draw(small_sizes()))
 
@@ -119,7 +119,7 @@ def view_tied_models(draw: st.DrawFn) -> nn.Module:
 
 @st.composite
 def chain_tied_models(draw: st.DrawFn) -> nn.Module:
-    """Three to five modules with one weight."""
+    """A sequence of three to five modules with one weight."""
     first = nn.Linear(draw(small_sizes()), draw(small_sizes()), bias=False)
     modules = [first]
     for _ in range(draw(st.integers(2, 4))):
@@ -130,7 +130,7 @@ def chain_tied_models(draw: st.DrawFn) -> nn.Module:
 
 @st.composite
 def nested_models(draw: st.DrawFn) -> nn.Module:
-    """Models within models, some of them under two names."""
+    """A model of models, some of them under two names."""
     parts = draw(st.lists(tied_models() | untied_models() | flagged_models(), min_size=1, max_size=3))
     if draw(st.booleans()):
         parts.append(parts[0])
@@ -139,7 +139,7 @@ def nested_models(draw: st.DrawFn) -> nn.Module:
 
 @st.composite
 def meta_models(draw: st.DrawFn) -> nn.Module:
-    """Models of any vocabulary size without data, tied and untied."""
+    """A model of any vocabulary size without data, tied or untied."""
     with torch.device("meta"):
         vocab_size, tied = draw(vocab_sizes()), draw(st.booleans())
         return FlaggedPair(
@@ -185,7 +185,7 @@ def models() -> st.SearchStrategy[nn.Module]:
 
 @st.composite
 def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
-    """Mappings with tensors of their own, doubles, and views of every kind, in any order of names."""
+    """A mapping with tensors of their own, doubles, and views of every kind, in any order of names."""
     tensors: list[torch.Tensor] = []
     for _ in range(draw(st.integers(1, 3))):
         rows, columns = draw(small_sizes()), draw(small_sizes())
@@ -201,7 +201,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, torch.Tensor]:
 
 @st.composite
 def claims(draw: st.DrawFn, *, names: Sequence[str]) -> Claim:
-    """Claims about two or more of some names and one that may be absent, from any source."""
+    """A claim from any source about two or more of some `names` and one that may be absent."""
     candidates = [*sorted(names), "absent.weight"]
     chosen = draw(st.lists(st.sampled_from(candidates), min_size=2, max_size=4, unique=True))
     return Claim(tuple(chosen), draw(st.sampled_from(list(Source))), draw(st.sampled_from(["", "config.flag"])))

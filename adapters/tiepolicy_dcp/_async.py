@@ -41,10 +41,13 @@ class PendingSave:
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> Path:
-        """Wait for the checkpoint; its folder. Called by any rank.
+        """Wait for the checkpoint. Called by any rank.
 
         Args:
             timeout: Seconds to wait; without end if not given.
+
+        Returns:
+            Its folder.
 
         Raises:
             CheckpointError: If it could not be written; nothing was kept of it.
@@ -60,14 +63,14 @@ class PendingSave:
             self.result()
 
     def finish(self, outcome: Path | Exception) -> None:
-        """Say how it ended."""
+        """Say how it ended: an `outcome` is its folder, or what went wrong."""
         if isinstance(outcome, Exception):
             self._future.set_exception(outcome)
         else:
             self._future.set_result(outcome)
 
     def when_done(self, step: Callable[[], None]) -> None:
-        """Call something when it has ended."""
+        """Call `step` when it has ended."""
         self._future.add_done_callback(lambda _: step())
 
 

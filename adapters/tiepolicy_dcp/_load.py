@@ -79,6 +79,9 @@ def load(
         verify: What to check of the files: size and digest, "size" only, or nothing, which is "off". Ranks share the
             work.
 
+    Returns:
+        What was done, and what rode along.
+
     Raises:
         MissingTensorError: If nothing in the checkpoint holds a tensor of the model or its optimizer state, or its
             owner is not given.

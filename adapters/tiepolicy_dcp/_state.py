@@ -62,7 +62,7 @@ class ModelState(Stateful):
         return self.plan.compact(live)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Give every name of the model its tensor, aliases from their canonical ones.
+        """Give every name of the model its tensor in `state_dict`, aliases from their canonical ones.
 
         Raises:
             BrokenTieError: If the model's ties did not survive.
@@ -98,7 +98,7 @@ class OptimizerState(Stateful):
         self.plan = plan or tiepolicy.plan(model)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """State tensors (live, no copies) and encoded hyperparameters, by flat name."""
+        """The state tensors (live, no copies) and encoded hyperparameters, by flat name."""
         return {name: entry.tensor for name, entry in self.entries().items()}
 
     def entries(self) -> dict[str, StateEntry]:
@@ -132,7 +132,7 @@ class OptimizerState(Stateful):
         self.fill(state_dict, {name: decode(group, state_dict[name], compared=False) for name, group in groups.items()})
 
     def fill(self, states: Mapping[str, torch.Tensor], hyperparameters: Mapping[str, Mapping[str, Any]]) -> None:
-        """Give every parameter its state, and every group its hyperparameters, by the names of `state_dict()`."""
+        """Give parameters their `states` and groups their `hyperparameters`, by the names of `state_dict()`."""
         live = self._live()
         stored_as = self._stored_names(live)
         for name, state in live["state"].items():

@@ -119,6 +119,9 @@ class CheckpointStore:
             digests: Whether to hash what is written.
             metrics: What is known of the checkpoint, by name. One without metrics never becomes `BEST`.
 
+        Returns:
+            The folder of the checkpoint.
+
         Raises:
             CheckpointError: If the name is no plain file name, a metric no finite number, or the store's metric not
                 among them; if another process writes under the root; or as `tiepolicy_dcp.save` says.
@@ -201,6 +204,17 @@ class CheckpointStore:
         Reading takes no lock, so a writer may delete what is being read. What `LATEST` and `BEST` name is deleted only
         once they name another checkpoint: reading then begins again with that one.
 
+        Args:
+            reference: As for `resolve`.
+            model: As in `tiepolicy_dcp.load`, like the other arguments.
+            optimizer: Its optimizer.
+            plan: The model's plan.
+            external: The models that own what was left out.
+            verify: What to check of the files.
+
+        Returns:
+            What `tiepolicy_dcp.load` returns.
+
         Raises:
             CheckpointError: If a checkpoint of another name was deleted meanwhile, or as `tiepolicy_dcp.load` says.
         """
@@ -226,7 +240,7 @@ class CheckpointStore:
         return sorted(path.name for path in self.root.iterdir() if is_checkpoint(path))
 
     def resolve(self, reference: str | Path) -> Path:
-        """The folder of a checkpoint: `LATEST`, `BEST`, a name in this store, or a path.
+        """The folder of a checkpoint; `reference` is `LATEST`, `BEST`, a name in this store, or a path.
 
         Raises:
             CheckpointError: If there is none; the message lists what there is.

@@ -50,7 +50,7 @@ def keep_plan(model: nn.Module, *, plan: TiePlan | None = None) -> TiePlan:
 
 
 def kept_plan(model: nn.Module) -> TiePlan | None:
-    """The plan kept with a model, also if the model was wrapped since (`torch.compile`, DDP); None if there is none."""
+    """The plan kept with a `model`, also if it was wrapped since (`torch.compile`, DDP); None if there is none."""
     for path, module in tiepolicy.named_modules(model):
         if path:
             return None
@@ -95,6 +95,13 @@ def verified(model: nn.Module, *, step: str) -> Iterator[TiePlan]:
     """Run a step under the eyes of `verify`.
 
     Keeps a plan at the start if the model has none: `with verified(model, step="half()"): model.half()`.
+
+    Args:
+        model: The model that the step changes.
+        step: Its name, for the message.
+
+    Returns:
+        A block with the plan.
 
     Raises:
         BrokenTieError: After the block, if it untied what was one tensor.

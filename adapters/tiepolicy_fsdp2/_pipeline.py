@@ -90,6 +90,9 @@ def sync_tied_gradients(ties: StageTies) -> None:
 
     The halves then take the same step, as their optimizers have the same state. Gradients that data parallelism has
     reduced already are right as they are. A half without a gradient counts as zero.
+
+    Args:
+        ties: What `tie_stages` returned.
     """
     for tie in ties.shared.values():
         parameter = tie.parameter
