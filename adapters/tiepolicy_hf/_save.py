@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -53,15 +52,16 @@ def save_pretrained(
         model: A model whose tensors this process holds whole.
         folder: Where to; replaced if it exists.
         max_shard_size: Largest file in bytes, or as text such as "5GB".
-        state_dict: The model's state, if it was gathered or offloaded; its tied names must hold equal values.
+        state_dict: The model's state, if it was gathered or offloaded; its tied names must hold equal values. Not for a
+            quantized model, whose quantizer makes it.
         policy: Who decides; by default the built-in rules and the installed plugins.
 
     Returns:
         The folder as an absolute path.
 
     Raises:
-        ObservationError: If the model is none of transformers, is quantized, has adapters of PEFT, or holds what cannot
-            be stored.
+        ObservationError: If the model is none of transformers, has adapters of PEFT, is quantized in a way that cannot
+            be stored, or holds what cannot be.
         MissingTensorError: If a tensor of the model is not in `state_dict`.
         ShapeMismatchError: If one has another shape there.
         TieConflictError: If tied names hold different values in `state_dict`.
@@ -69,8 +69,7 @@ def save_pretrained(
     """
     _check_kind(model)
     folder = Path(folder).absolute()
-    write = _writer(model, model.state_dict() if state_dict is None else state_dict, policy, max_shard_size, _renamed)
-    replace_folder(folder, write)
+    replace_folder(folder, _writer(model, state_dict, policy, max_shard_size, _renamed))
     return folder
 
 
@@ -83,11 +82,6 @@ def _check_kind(model: nn.Module) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ObservationError(f"{kind} is no transformers model; unwrap it, or save it with tiepolicy_dcp.save")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ObservationError(
-            f"the {kind} is quantized by {type(model.hf_quantizer).__name__}, whose files only its own save_pretrained "
-            "writes"
-        )
 
 
 def write_as_held(
@@ -97,7 +91,7 @@ def write_as_held(
 
     For those who read it back by `load_state_dict`, as `transformers.Trainer` does; `from_pretrained` reads it too.
     """
-    write = _writer(model, model.state_dict() if state_dict is None else state_dict, None, "50GB", lambda _, kept: kept)
+    write = _writer(model, state_dict, None, "50GB", lambda _, kept: kept)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_model_(folder)
@@ -106,19 +100,24 @@ def write_as_held(
 
 def _writer(
     model: PreTrainedModel,
-    state_dict: Mapping[str, torch.Tensor],
+    state_dict: Mapping[str, torch.Tensor] | None,
     policy: Policy | None,
     max_shard_size: int | str,
     named: Callable[[PreTrainedModel, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
 ) -> Callable[[Path], None]:
     """Decide all that there is to write; what is returned writes it into a folder."""
-    state = dict(state_dict)
+    quantizer = getattr(model, "hf_quantizer", None)
+    made, notes = (state_dict, {}) if quantizer is None else _quantized(model, state_dict)
+    state = dict(model.state_dict() if made is None else made)
     _check_data(state)
     plan = (policy or Policy.from_entry_points()).plan(model)
+    if state_dict is not None:
+        _check_complete(state, plan)
     declared = declared_by(model)
     fixes = lasting(model.config, corrections(declared, plan))
     left_out = _derivable(plan, rebuilt_pairs(declared, fixes))
-    stored = _apart(named(model, _without(state, left_out, plan)))
+    kept = {name: tensor for name, tensor in state.items() if name not in left_out}
+    stored = _apart(named(model, kept | plan.compact(state)))
     config = corrected_config(model.config, fixes)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -127,14 +126,25 @@ def _writer(
         config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        _write_weights(folder, stored, max_shard_size, _metadata(plan, stored))
+        _write_weights(folder, stored, max_shard_size, _metadata(plan, stored), notes)
         write_digests(folder)
 
     return write
 
 
-def _without(state: dict[str, torch.Tensor], left_out: set[str], plan: TiePlan) -> dict[str, torch.Tensor]:
-    """The state without the aliases that are to be left out, each compared with what stands for it."""
+def _quantized(model: PreTrainedModel, state_dict: object) -> tuple[Mapping[str, torch.Tensor] | None, dict[str, str]]:
+    """The state that a quantizer makes, if it has to take tensors apart into plain ones, and what it notes of them."""
+    quantizer = model.hf_quantizer
+    by = f"the {type(model).__name__} is quantized by {type(quantizer).__name__}"
+    if not quantizer.is_serializable():
+        raise ObservationError(f"{by}, which cannot be stored; save the model as it was before, and quantize it again")
+    if state_dict is not None:
+        raise ObservationError(f"{by}, which makes its own state to save; leave state_dict out")
+    made: tuple[Mapping[str, torch.Tensor] | None, dict[str, str]] = quantizer.get_state_dict_and_metadata(model)
+    return made
+
+
+def _check_complete(state: Mapping[str, torch.Tensor], plan: TiePlan) -> None:
     for name, fact in plan.tensors.items():
         if name in state and tuple(state[name].shape) != fact.shape:
             raise ShapeMismatchError(
@@ -142,16 +152,13 @@ def _without(state: dict[str, torch.Tensor], left_out: set[str], plan: TiePlan) 
                 "model; nothing was written",
                 names=[name],
             )
-    compacted = plan.compact(state)
-    absent = sorted(name for name in plan.tensors if name not in state and plan.canonical(name) not in compacted)
+    absent = sorted(name for name in plan.tensors if state.keys().isdisjoint({name, plan.canonical(name)}))
     if absent:
         raise MissingTensorError(
             f"{absent[0]} {plan.tensors[absent[0]].shape} is in the model but not in the state_dict to save; nothing "
             "was written",
             names=absent,
         )
-    kept = {name: tensor for name, tensor in state.items() if name not in left_out}
-    return kept | compacted
 
 
 def _check_data(state: Mapping[str, object]) -> None:
@@ -169,6 +176,12 @@ def _check_data(state: Mapping[str, object]) -> None:
         if isinstance(tensor, DTensor):
             raise CheckpointError(
                 f"{name} is sharded; save with tiepolicy_dcp.save(..., consolidated=True), which gathers it",
+                names=[name],
+            )
+        if hasattr(tensor, "__tensor_flatten__"):
+            raise ObservationError(
+                f"{name} is a {type(tensor).__name__}, made of several tensors, which safetensors cannot hold; have "
+                "transformers quantize the model, by from_pretrained(quantization_config=...), which takes them apart",
                 names=[name],
             )
 
@@ -220,13 +233,16 @@ def _metadata(plan: TiePlan, stored: Mapping[str, torch.Tensor]) -> dict[str, st
 
 
 def _write_weights(
-    folder: Path, stored: Mapping[str, torch.Tensor], max_shard_size: int | str, metadata: dict[str, str]
+    folder: Path,
+    stored: Mapping[str, torch.Tensor],
+    max_shard_size: int | str,
+    metadata: dict[str, str],
+    notes: dict[str, str],
 ) -> None:
     split = split_torch_state_dict_into_shards(dict(stored), filename_pattern=_PATTERN, max_shard_size=max_shard_size)
-    extra: dict[str, Any] = metadata
     for file, names in split.filename_to_tensors.items():
-        save_file({name: stored[name] for name in names}, folder / file, metadata=extra)
-        extra = {"format": "pt"}
+        save_file({name: stored[name] for name in names}, folder / file, metadata=metadata | notes)
+        metadata = {"format": "pt"}
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, LlamaModel, QuantoConfig
 from transformers.quantizers import AutoHfQuantizer
 
 import tiepolicy_hf
@@ -131,7 +131,7 @@ def with_adapter():
 
 def quantized():
     model = tied()
-    model.hf_quantizer = AutoHfQuantizer.from_config(FineGrainedFP8Config())
+    model.hf_quantizer = AutoHfQuantizer.from_config(QuantoConfig())
     return model
 
 
@@ -148,7 +148,10 @@ def sparse():
         (lambda: torch.compile(tied()), "^OptimizedModule is no transformers model; unwrap it"),
         (lambda: get_peft_model(tied(), LoraConfig(target_modules=["q_proj"])), "^the PeftModel has adapters of PEFT"),
         (with_adapter, "^the LlamaForCausalLM has adapters of PEFT, .* merge them first"),
-        (quantized, "^the LlamaForCausalLM is quantized by FineGrainedFP8HfQuantizer, whose files only"),
+        (
+            quantized,
+            "^the LlamaForCausalLM is quantized by QuantoHfQuantizer, which cannot be stored; save",
+        ),
         (sparse, r"^model.norm.weight has the layout torch.sparse_coo, which safetensors has not; make it dense"),
     ],
 )
