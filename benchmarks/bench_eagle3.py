@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from eagle3.draft import Draft, draft_config
+from eagle3.blueprint import draft_config
+from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, pays_off, rounded

@@ -1,8 +1,7 @@
-"""Step 32: all that a run needs to go on, saved and restored through the tie policy."""
+"""Step 33: all that a run needs to go on, saved and restored through the tie policy."""
 
 import hashlib
 import itertools
-import json
 import logging
 import random
 from collections.abc import Iterator, Mapping
@@ -14,13 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import LlamaConfig
 
 import tiepolicy
 from eagle3.config import CheckpointConfig, RunConfig
 from eagle3.draft import Draft
-from eagle3.errors import CheckpointError, DraftError
-from eagle3.files import write_in_run
+from eagle3.errors import CheckpointError
 from eagle3.inputs import Target
 from eagle3.metrics import Measurement
 from eagle3.optimizer import DraftOptimizer
@@ -31,9 +28,6 @@ from tiepolicy_dcp import CheckpointError as StoreError
 from tiepolicy_dcp import CheckpointStore, LostRankError, PendingSave, Restored
 
 logger = logging.getLogger("eagle3")
-
-#: The draft's config in the folder of a run; a resumed run builds its draft from it.
-DRAFT_CONFIG = "draft_config.json"
 
 #: The draft's embedding and, under the same name, that of the target as its owner.
 _EMBEDDING = "embed_tokens.weight"
@@ -346,31 +340,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
-
-
-def write_draft_config(out: Path, config: LlamaConfig) -> None:
-    """Keep the draft's config in the folder of its run.
-
-    Raises:
-        CheckpointError: It cannot be written.
-    """
-    write_in_run(out / DRAFT_CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-
-
-def read_draft_config(out: Path) -> LlamaConfig:
-    """The draft's config from the folder of its run. Its `tie_word_embeddings` is a claim like any other.
-
-    Raises:
-        DraftError: If it is missing or cannot be read.
-    """
-    path = out / DRAFT_CONFIG
-    try:
-        config: LlamaConfig = LlamaConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DraftError(
-            f"The draft's config {path} cannot be read ({error}). A run is resumed with the --out it was started with."
-        ) from error
-    return config
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Step 44: the whole path in minutes: a target, a draft trained on it, killed and resumed, measured and exported."""
+"""Step 45: the whole path in minutes: a target, a draft trained on it, killed and resumed, measured and exported."""
 
 import logging
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.table import Table
 
 import tiepolicy
-from eagle3.checkpoint import owners_of, read_draft_config, write_draft_config
+from eagle3.blueprint import read_draft_config, write_draft_config
+from eagle3.checkpoint import owners_of
 from eagle3.commands import DemoConfig, EvaluateConfig, Format
 from eagle3.embedded import write_embedded_conversations, write_embedded_target
 from eagle3.errors import ConfigError, Eagle3Error

@@ -1,121 +1,19 @@
-"""Step 18: builds the draft: one decoder layer that reads a token and a state and proposes the next token's state.
+"""Step 19: builds the draft: one decoder layer that reads a token and a state and proposes the next token's state.
 
 Shape suffixes: B batch, T tokens, V target vocabulary, D draft vocabulary, H draft hidden, E target hidden, A = 3E
 captured states, N rows that carry loss, Q query heads, K key and value heads, d head dimension. A leading `...` stands
 for B, T or for N: every method works on any leading shape.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from eagle3.config import DraftConfig
 from eagle3.errors import DraftError
-
-_NEEDED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-)
-
-
-_DEFAULTS = DraftConfig()
-
-
-def draft_config(target_config: Any, *, draft_vocab_size: int, options: DraftConfig = _DEFAULTS) -> LlamaConfig:
-    """Describes a one-layer draft that fits a target.
-
-    Widths, head counts, the rope block and the special tokens are the target's, unless the options say otherwise. Its
-    tie flag is not: a head over the draft vocabulary has other rows than the embedding.
-
-    Args:
-        target_config: Config of any transformers model with rotary positions and RMS norms; of a model with several
-            parts, the text part counts.
-        draft_vocab_size: Rows of the draft's head, at most the target's vocabulary size.
-        options: Widths and norms; the size of the vocabulary in them is not read.
-
-    Returns:
-        A config that survives JSON, with `draft_vocab_size`, `target_hidden_size` and the options' norms added.
-
-    Raises:
-        DraftError: The target lacks a field that the draft needs, has an unknown rope or another one in each kind of
-            layer, rotates only a part of each head, or has a smaller vocabulary than the draft.
-    """
-    text = target_config.get_text_config()
-    missing = [name for name in _NEEDED if getattr(text, name, None) is None]
-    if missing:
-        raise DraftError(
-            f"The target's config ({type(text).__name__}) has no {', '.join(missing)}, so no Llama-shaped draft can be "
-            "derived from it. Choose a target with rotary positions and RMS norms."
-        )
-    if not 1 <= draft_vocab_size <= text.vocab_size:
-        raise DraftError(
-            f"draft_vocab_size is {draft_vocab_size}, but the draft's vocabulary must be a part of the target's, which "
-            f"has {text.vocab_size} tokens. Set it to a number from 1 to {text.vocab_size}."
-        )
-    hidden_size = options.hidden_size or text.hidden_size
-    if hidden_size % text.num_attention_heads:
-        raise DraftError(
-            f"The draft's hidden_size {hidden_size} is not a multiple of the target's num_attention_heads "
-            f"{text.num_attention_heads}, which a Llama config does not allow. Set draft.hidden_size to a multiple."
-        )
-    _check_rope(text.rope_parameters)
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLMEagle3"],
-        hidden_size=hidden_size,
-        intermediate_size=options.intermediate_size or text.intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        hidden_act="silu",
-        rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=copy.deepcopy(text.rope_parameters),
-        max_position_embeddings=text.max_position_embeddings,
-        vocab_size=text.vocab_size,
-        bos_token_id=getattr(text, "bos_token_id", None),
-        eos_token_id=getattr(text, "eos_token_id", None),
-        pad_token_id=getattr(text, "pad_token_id", None),
-        tie_word_embeddings=False,
-    )
-    config.draft_vocab_size = draft_vocab_size
-    config.target_hidden_size = text.hidden_size
-    for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
-        setattr(config, name, getattr(options, name))
-    return config
-
-
-def _check_rope(rope: dict[str, Any]) -> None:
-    nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
-    if nested:
-        raise DraftError(
-            f"The target's rope_parameters differ by kind of layer ({', '.join(nested)}), and a draft of one layer has "
-            "one rope. Choose a target whose layers share one."
-        )
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-        raise DraftError(
-            f"The target's rope_parameters are of type {kind!r}, which this version of transformers does not know; it "
-            f"knows default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}. Update transformers, or choose another target."
-        )
-    # transformers' Llama ignores this factor in the default rope, serving engines obey it: the draft would be trained
-    # with other rotations than it is served with.
-    factor = rope.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise DraftError(
-            f"The target's rope_parameters rotate only a part of each head (partial_rotary_factor {factor}), which a "
-            "Llama-shaped draft cannot do. Choose a target that rotates whole heads."
-        )
 
 
 class Rope:

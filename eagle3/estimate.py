@@ -1,4 +1,4 @@
-"""Step 49: what a run will take, from its settings and the target's config alone: nothing is loaded."""
+"""Step 50: what a run will take, from its settings and the target's config alone: nothing is loaded."""
 
 import json
 from collections.abc import Iterator
@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from eagle3.blueprint import draft_config
 from eagle3.cache import bytes_per_token
 from eagle3.commands import DeviceName, EstimateConfig
 from eagle3.config import RunConfig
 from eagle3.conversations import count_conversations
 from eagle3.description import TargetDescription, choose_layers, describe_target, model_class
-from eagle3.draft import Draft, draft_config
+from eagle3.draft import Draft
 from eagle3.errors import ConfigError
 from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data

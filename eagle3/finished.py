@@ -1,11 +1,12 @@
-"""Step 38: opens what a run left: its settings, the draft of one checkpoint, and the target it was made for."""
+"""Step 39: opens what a run left: its settings, the draft of one checkpoint, and the target it was made for."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from eagle3.checkpoint import RunCheckpoints, load_draft_, owners_of, read_draft_config, target_digest
+from eagle3.blueprint import read_draft_config
+from eagle3.checkpoint import RunCheckpoints, load_draft_, owners_of, target_digest
 from eagle3.config import RunConfig, read_run_config
 from eagle3.draft import Draft
 from eagle3.errors import TargetError

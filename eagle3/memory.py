@@ -1,4 +1,4 @@
-"""Step 47: the memory of one device in a training step, by what it is for."""
+"""Step 48: the memory of one device in a training step, by what it is for."""
 
 from eagle3.sizes import StepSizes
 

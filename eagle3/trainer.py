@@ -1,4 +1,4 @@
-"""Step 35: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
+"""Step 36: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
 
 import logging
 import os
@@ -8,18 +8,11 @@ from pathlib import Path
 
 import torch
 
-from eagle3.checkpoint import (
-    Progress,
-    RunCheckpoints,
-    RunState,
-    owners_of,
-    read_draft_config,
-    target_digest,
-    write_draft_config,
-)
+from eagle3.blueprint import draft_config, read_draft_config, write_draft_config
+from eagle3.checkpoint import Progress, RunCheckpoints, RunState, owners_of, target_digest
 from eagle3.config import RunConfig, write_run_config
 from eagle3.data import Batch, BatchOrder, batches
-from eagle3.draft import Draft, draft_config
+from eagle3.draft import Draft
 from eagle3.errors import CheckpointError, ConfigError
 from eagle3.files import sole_writer
 from eagle3.flat import FlatWeights

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiepolicy_dcp
-from eagle3.checkpoint import read_draft_config
+from eagle3.blueprint import read_draft_config
 from eagle3.config import (
     CheckpointConfig,
     DataConfig,

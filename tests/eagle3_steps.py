@@ -5,7 +5,8 @@
 import torch
 from transformers import LlamaConfig
 
-from eagle3.draft import Draft, draft_config
+from eagle3.blueprint import draft_config
+from eagle3.draft import Draft
 from eagle3.pairs import plan_pairs
 from eagle3.teacher import teach
 from eagle3.unroll import TrainingTimeTest, plan_rows

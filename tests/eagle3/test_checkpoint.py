@@ -13,9 +13,10 @@ from transformers import LlamaConfig
 
 import tiepolicy
 import tiepolicy_hf._plugin
-from eagle3.checkpoint import Progress, RunCheckpoints, RunState, read_draft_config, write_draft_config
+from eagle3.blueprint import draft_config, read_draft_config, write_draft_config
+from eagle3.checkpoint import Progress, RunCheckpoints, RunState
 from eagle3.config import CheckpointConfig, DataConfig, RunConfig, TargetConfig, TrainConfig
-from eagle3.draft import Draft, draft_config
+from eagle3.draft import Draft
 from eagle3.errors import CheckpointError
 from eagle3.optimizer import DraftOptimizer
 from eagle3_runs import ALONE

@@ -12,8 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import tiepolicy
+from eagle3.blueprint import draft_config
 from eagle3.config import DraftConfig
-from eagle3.draft import Draft, Rope, draft_config
+from eagle3.draft import Draft, Rope
 from eagle3.errors import ConfigError, DraftError
 
 LLAMA3_ROPE = {

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eagle3.blueprint import draft_config
 from eagle3.config import DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
-from eagle3.draft import Draft, draft_config
+from eagle3.draft import Draft
 from eagle3.forecast import Forecast
 from eagle3.sizes import ASSUMED, Supervision, sizes_of
 from eagle3.speed import DEVICES, TargetSizes, step_seconds

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eagle3.checkpoint import read_draft_config
+from eagle3.blueprint import read_draft_config
 from eagle3.cli import main
 from eagle3.errors import CheckpointError
 from eagle3.trainer import train

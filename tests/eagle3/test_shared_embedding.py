@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import eagle3.trainer
 import tiepolicy
 import tiepolicy_dcp
-from eagle3.checkpoint import read_draft_config
+from eagle3.blueprint import read_draft_config
 from eagle3.config import DraftConfig
 from eagle3.draft import Draft
 from eagle3.errors import CheckpointError, DraftError, TargetError

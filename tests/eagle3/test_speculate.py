@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eagle3.blueprint import draft_config
 from eagle3.config import DraftConfig
-from eagle3.draft import Draft, draft_config
+from eagle3.draft import Draft
 from eagle3.speculate import Greedy, Limits, Sampled, random_choice, write_with_draft
 from eagle3.target import FrozenTarget
 from eagle3.unroll import TrainingTimeTest, plan_rows

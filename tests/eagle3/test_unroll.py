@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from eagle3.blueprint import draft_config
 from eagle3.config import DraftConfig
-from eagle3.draft import Draft, draft_config
+from eagle3.draft import Draft
 from eagle3.loss import SOFT_CROSS_ENTROPY, Objective
 from eagle3.unroll import TrainingTimeTest, plan_rows
 from eagle3_reference import Shape, reference
