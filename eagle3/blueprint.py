@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eagle3.config import DraftConfig
 from eagle3.errors import DraftError
-from eagle3.files import write_in_run
+from eagle3.files import reason, write_in_run
 
 #: The draft's config in the folder of a run; a resumed run builds its draft from it.
 DRAFT_CONFIG = "draft_config.json"
@@ -138,6 +138,7 @@ def read_draft_config(out: Path) -> LlamaConfig:
         config: LlamaConfig = LlamaConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DraftError(
-            f"The draft's config {path} cannot be read ({error}). A run is resumed with the --out it was started with."
+            f"The draft's config {path} cannot be read ({reason(error)}). A run is resumed with the --out it was "
+            "started with."
         ) from error
     return config

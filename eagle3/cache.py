@@ -28,6 +28,7 @@ from eagle3.data import Batch
 from eagle3.description import TargetDescription, describe_target, load_tokenizer, require_tokens_fit
 from eagle3.errors import CacheError
 from eagle3.features import Features
+from eagle3.files import reason
 from eagle3.tokens import EncodedData
 
 #: Of the layout that the module describes.
@@ -236,7 +237,9 @@ def read_manifest(place: Path, folder: str | Path, key: CacheKey) -> dict[str, A
             "data.max_length, tokenizer and chat template count). Run `eagle3 cache` with the same settings first."
         ) from error
     except (OSError, ValueError) as error:
-        raise CacheError(f"{place / MANIFEST} cannot be read ({error}). Delete the folder and cache again.") from error
+        raise CacheError(
+            f"{place / MANIFEST} cannot be read ({reason(error)}). Delete the folder and cache again."
+        ) from error
     wanted = {"format": FORMAT, "target": key.target, "layers": list(key.layers), "dtype": key.dtype, "data": key.data}
     for name, words in (
         ("format", "by another version of eagle3"),

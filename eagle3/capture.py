@@ -27,8 +27,9 @@ from eagle3.cache import (
     target_path,
 )
 from eagle3.errors import CacheError, NumericsError
-from eagle3.files import sole_writer, write_whole
+from eagle3.files import reason, sole_writer, write_whole
 from eagle3.target import FrozenTarget
+from eagle3.terminal import watched
 from eagle3.tokens import EncodedData, Example
 from tiepolicy import format_bytes
 
@@ -128,7 +129,8 @@ def _states(numbers: Sequence[int], data: EncodedData, target: FrozenTarget) -> 
         "hidden": torch.empty(ends[-1], width, dtype=head_VE.dtype),
         "argmax": torch.empty(ends[-1], dtype=torch.int32),
     }
-    for group in _groups(lengths):
+    groups = list(_groups(lengths))
+    for group in watched(groups, "States of the target", total=len(groups)):
         examples = [data.examples[numbers[index]] for index in group]
         features = target.features(_padded(examples).to(head_VE.device))
         for row, index in enumerate(group):
@@ -199,8 +201,7 @@ def _naming_disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise CacheError(
-            f"The states cannot be written to {place}: {reason}. What is there is whole; run the command again when "
-            "there is room, and it goes on from there."
+            f"The states cannot be written to {place}: {reason(error)}. What is there is whole; run the command again "
+            "when there is room, and it goes on from there."
         ) from error

@@ -19,6 +19,7 @@ from eagle3.config import RunConfig
 from eagle3.errors import ConfigError, Eagle3Error
 from eagle3.manual import help_parser
 from eagle3.options import read_settings
+from eagle3.terminal import StderrHandler, say
 
 if TYPE_CHECKING:
     from eagle3.parallel import Ranks
@@ -44,20 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 2 if something in the input is wrong, which is then printed as one sentence, and 130 if a
         person interrupted it.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
-            command = _choose(arguments)
-            settings: Any = read_settings(command.settings, _named(command, arguments[1:]))
-        except Eagle3Error as error:
-            return _fail(error)
-        return _run(command, settings)
+            return _obey(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            say("")  # so that what argparse has printed is written here, where an error is met
+    except Eagle3Error as error:
+        return _fail(error)
     except KeyboardInterrupt:
         sys.stderr.write("eagle3: interrupted\n")
         return 130
 
 
-def _run(command: Command, settings: Any) -> int:
+def _obey(arguments: list[str]) -> int:
+    command = _choose(arguments)
+    settings: Any = read_settings(command.settings, _named(command, arguments[1:]))
     from transformers.utils import logging as transformers_logging
 
     from tiepolicy.errors import TiePolicyError
@@ -66,7 +68,7 @@ def _run(command: Command, settings: Any) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return command.run(settings)
-    except (Eagle3Error, TiePolicyError) as error:
+    except TiePolicyError as error:
         return _fail(error)
 
 
@@ -207,8 +209,6 @@ def _choose(arguments: Sequence[str]) -> Command:
 
 
 def _log_to_stderr(level: int) -> None:
-    from eagle3.progress import StderrHandler
-
     handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger.handlers = [handler]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from eagle3.errors import ConfigError
-from eagle3.files import write_in_run
+from eagle3.files import reason, write_in_run
 
 #: The settings of a run, in its folder.
 RUN_CONFIG = "run_config.json"
@@ -298,8 +298,8 @@ def read_run_config(out: str | Path) -> RunConfig:
         return _build(RunConfig, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"The settings of the run, {path}, cannot be read ({error}). Give the folder that a run was started with "
-            "as its --out."
+            f"The settings of the run, {path}, cannot be read ({reason(error)}). Give the folder that a run was "
+            "started with as its --out."
         ) from error
 
 

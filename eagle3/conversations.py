@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3.errors import DataError
+from eagle3.files import reason
 
 _ROLES = {
     "system": "system",
@@ -68,9 +69,7 @@ def load_conversations(path: str | Path) -> list[Conversation]:
     try:
         conversations = [_parse(entry, where=where) for where, entry in entries]
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}. Give the path of a JSONL or Parquet file."
-        ) from error
+        raise DataError(f"{path} cannot be read: {reason(error)}. Give the path of a JSONL or Parquet file.") from error
     if not conversations:
         raise DataError(f"{path} holds no conversation. {_EXPECTED}")
     return conversations
@@ -91,7 +90,7 @@ def count_conversations(path: str | Path) -> int:
         with path.open("rb") as file:
             return sum(1 for line in file if line.strip())
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise DataError(f"{path} cannot be read: {error}. Give the path of a JSONL or Parquet file.") from error
+        raise DataError(f"{path} cannot be read: {reason(error)}. Give the path of a JSONL or Parquet file.") from error
 
 
 def _json_entries(path: Path) -> Iterator[tuple[str, object]]:

@@ -18,9 +18,10 @@ from eagle3.embedded import write_embedded_conversations, write_embedded_target
 from eagle3.errors import ConfigError, Eagle3Error
 from eagle3.evaluate import Evaluation, evaluate, write_evaluation
 from eagle3.export import export
+from eagle3.files import naming_disk_errors
 from eagle3.finished import TrainedDraft, open_run
-from eagle3.progress import tables
 from eagle3.report import read_runs, write_report
+from eagle3.terminal import say, show, waiting
 
 logger = logging.getLogger("eagle3")
 
@@ -49,12 +50,11 @@ def run_demo(config: DemoConfig) -> None:
 
     Raises:
         ConfigError: If the folder exists.
-        Eagle3Error: If a training process fails.
+        Eagle3Error: If the folder cannot be written, or a training process fails.
     """
     out = Path(config.out)
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another --out, or delete it.")
-    out.mkdir(parents=True)
     paths = _Paths(
         conversations=out / "conversations.jsonl",
         prompts=out / "prompts.jsonl",
@@ -62,19 +62,21 @@ def run_demo(config: DemoConfig) -> None:
         run=out / "run",
         exports={"plain": out / "export", "speculators": out / "export-speculators"},
     )
-    console, started = tables(), time.monotonic()
-    console.print(f"Teaching a small target on {NUM_CONVERSATIONS} conversations (about a minute) ...")
-    _make_world(paths, seed=config.seed)
+    started = time.monotonic()
+    say(f"Teaching a small target on {NUM_CONVERSATIONS} conversations (about a minute) ...\n")
+    with naming_disk_errors(out), waiting("Teaching"):
+        out.mkdir(parents=True)
+        _make_world(paths, seed=config.seed)
     settings = _settings(paths, seed=config.seed)
-    console.print(f"Training a draft on it in {NUM_PROCESSES} processes, killed half-way ...")
+    say(f"Training a draft on it in {NUM_PROCESSES} processes, killed half-way ...\n")
     _train(settings, kill_at=f"epoch_2_step_{CHECKPOINT_EVERY}")
-    console.print("Resuming, with the target's tie_word_embeddings copied into the draft's config as a trap ...")
+    say("Resuming, with the target's tie_word_embeddings copied into the draft's config as a trap ...\n")
     _inherit_flag(paths.run)
     _train([*settings, "--checkpoint.restore_from", "LATEST"])
-    console.print("Writing answers with the target alone and with the draft, and exporting ...")
+    say("Writing answers with the target alone and with the draft, and exporting ...\n")
     table = _measure_and_export(paths)
     table.title = f"eagle3 demo, {time.monotonic() - started:.0f} s"
-    console.print(table)
+    show(table)
 
 
 def _measure_and_export(paths: _Paths) -> Table:

@@ -18,9 +18,9 @@ from eagle3.draft import Draft
 from eagle3.errors import ConfigError
 from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data
-from eagle3.progress import tables
 from eagle3.sizes import ASSUMED, Supervision
 from eagle3.speed import ATTENTION, DEVICES, PRODUCTS
+from eagle3.terminal import say, show, waiting
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 from tiepolicy import format_bytes
 
@@ -140,22 +140,22 @@ def print_estimate(config: EstimateConfig) -> None:
     Raises:
         Eagle3Error: As for `estimate`.
     """
-    result = estimate(config, num_processes=config.processes, device=config.device)
-    console = tables()
+    with waiting("Estimating"):
+        result = estimate(config, num_processes=config.processes, device=config.device)
     if config.json:
         given = {"processes": config.processes, "device": DEVICES[config.device].name}
         assumes = list(_assumptions(config, result))
         entry = {**asdict(result), "memory_total": sum(result.memory.values()), **given, "assumes": assumes}
-        console.print_json(json.dumps(entry))
+        say(json.dumps(entry, indent=2) + "\n")
         return
-    table = Table(title=f"eagle3 estimate: {config.target.model}", show_header=False, width=min(console.width, 100))
+    table = Table(title=f"eagle3 estimate: {config.target.model}", show_header=False)
     table.add_column(ratio=1, overflow="fold")
     table.add_column(ratio=2, overflow="fold")
     for section in _sections(config, result):
         for name, value in section:
             table.add_row(name, value)
         table.add_section()
-    console.print(table)
+    show(table)
 
 
 def _sections(config: EstimateConfig, result: Estimate) -> Iterator[list[tuple[str, str]]]:

@@ -1,7 +1,6 @@
 """Step 41: measures a draft by what it is for: tokens for each pass of the target, and time."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,11 +15,12 @@ from eagle3.commands import EvaluateConfig
 from eagle3.conversations import load_conversations
 from eagle3.draft import Draft
 from eagle3.errors import DataError
+from eagle3.files import write_in_run
 from eagle3.finished import TrainedDraft, open_run
 from eagle3.loss import StepCounts
-from eagle3.progress import tables, watched
 from eagle3.speculate import Greedy, Limits, Rule, Sampled, Written, random_choice, write_with_draft
 from eagle3.target import FrozenTarget
+from eagle3.terminal import show, watched
 from eagle3.unroll import TrainingTimeTest
 
 #: What the last evaluation of a run found, in its folder.
@@ -94,7 +94,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
     """
     evaluation = evaluate(open_run(config.run, checkpoint=config.checkpoint, target=config.target), config)
     write_evaluation(Path(config.run), evaluation)
-    tables().print(table_of(evaluation))
+    show(table_of(evaluation))
 
 
 def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
@@ -142,10 +142,12 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
 
 
 def write_evaluation(run: Path, evaluation: Evaluation) -> None:
-    """Keep an evaluation in the folder of its run; an older one is replaced in one step."""
-    temporary = run / f".{EVALUATION}.unfinished"
-    temporary.write_text(json.dumps(asdict(evaluation), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, run / EVALUATION)  # noqa: PTH105 - atomic over an existing file on every system
+    """Keep an evaluation in the folder of its run; an older one is replaced in one step.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    write_in_run(run / EVALUATION, json.dumps(asdict(evaluation), indent=2) + "\n")
 
 
 def table_of(evaluation: Evaluation) -> Table:
@@ -290,7 +292,8 @@ def _simulate(
     """The training-time test on given answers, one at a time."""
     unroll, device = TrainingTimeTest(draft, num_steps=num_steps), target.head_VE.device
     total = StepCounts.from_tensor(torch.zeros(4, num_steps, dtype=torch.int64, device=device))
-    for prompt, answer in zip(prompts, answers, strict=True):
+    pairs = zip(prompts, answers, strict=True)
+    for prompt, answer in watched(pairs, "simulated acceptance", total=len(prompts)):
         ids_BT = torch.tensor([[*prompt, *answer]], device=device)
         mask_BT = torch.arange(ids_BT.shape[1], device=device)[None] >= len(prompt)
         features = target.features(ids_BT)

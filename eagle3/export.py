@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle3.commands import ExportConfig, Format
 from eagle3.draft import Draft
 from eagle3.errors import ConfigError, ExportError
+from eagle3.files import naming_disk_errors
 from eagle3.finished import TrainedDraft, open_run
 from eagle3.reread import ExportedDraft
 from eagle3.speculate import DraftChain, Greedy
+from eagle3.terminal import say, waiting
 
 #: The release whose format `speculators` folders have.
 SPECULATORS_VERSION = "0.9.0"
@@ -49,8 +50,7 @@ def run_export(config: ExportConfig) -> None:
             f"--checkpoint.restore_from LATEST, or export it as it is with --checkpoint {trained.checkpoint.name}."
         )
     export(trained, Path(config.out), kind=config.format)
-    done = f"Exported {trained.checkpoint} to {config.out} ({config.format}); read back with equal logits."
-    Console(soft_wrap=True).print(done, markup=False, highlight=False)
+    say(f"Exported {trained.checkpoint} to {config.out} ({config.format}); read back with equal logits.\n")
 
 
 def export(trained: TrainedDraft, out: Path, *, kind: Format) -> None:
@@ -64,22 +64,24 @@ def export(trained: TrainedDraft, out: Path, *, kind: Format) -> None:
     Raises:
         ConfigError: `out` exists, or the format has no room for this draft.
         ExportError: What was written does not read back as the draft.
+        CheckpointError: The folder cannot be written.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; choose another --out, or delete it.")
     config = _CONFIGS[kind](trained)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished.", dir=out.parent))
-    try:
-        save_file(_tensors(trained.draft, kind=kind), folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _read_back(folder, trained)
-        _flush(folder)
-        folder.chmod(0o755)  # a temporary folder is its maker's alone
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with naming_disk_errors(out), waiting("Exporting"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished.", dir=out.parent))
+        try:
+            save_file(_tensors(trained.draft, kind=kind), folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _read_back(folder, trained)
+            _flush(folder)
+            folder.chmod(0o755)  # a temporary folder is its maker's alone
+            folder.rename(out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def plain_config(trained: TrainedDraft) -> dict[str, Any]:

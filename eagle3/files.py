@@ -93,18 +93,17 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def append_line(path: Path, line: str) -> None:
-    """Adds a line at the end of a file, whole or not at all.
+def append(path: Path, content: bytes) -> None:
+    """Adds to the end of a file, all or nothing.
 
     Raises:
         OSError: It cannot be written.
     """
-    content = f"{line}\n".encode()
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         if file.write(content) < len(content):  # a part of it found room
@@ -118,13 +117,29 @@ def write_in_run(path: Path, content: str) -> None:
     Raises:
         CheckpointError: It cannot be written.
     """
-    try:
+    with naming_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content.encode())
-    except OSError as error:
+
+
+@contextmanager
+def naming_disk_errors(place: Path) -> Iterator[None]:
+    """Within the block, a place that cannot be written is one sentence.
+
+    Raises:
+        CheckpointError: The system or safetensors refuses to write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} cannot be written: {error.strerror or error}. Free some space or choose another --out."
+            f"{place} cannot be written: {reason(error)}. Free some space or choose another --out."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """Why something cannot be read or written, without the path that the system puts before it."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 @contextmanager
@@ -152,4 +167,4 @@ def sole_writer(lock: Path, *, patience: float, otherwise: Eagle3Error) -> Itera
 
 
 def _unwritable(path: Path, error: OSError) -> str:
-    return f"{path} cannot be written: {error.strerror or error}. Free some space or set data.cache to another folder."
+    return f"{path} cannot be written: {reason(error)}. Free some space or set data.cache to another folder."

@@ -1,8 +1,11 @@
 """Step 31: what a run measures: sums that become means once, at the end, and the places where they are written."""
 
 import importlib
+import io
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from eagle3.config import RunConfig
 from eagle3.errors import ConfigError
-from eagle3.files import append_line, write_in_run
+from eagle3.files import append, write_in_run
 from eagle3.loss import StepCounts
 from eagle3.parallel import Ranks
 
@@ -27,6 +31,10 @@ METRICS = "metrics.jsonl"
 #: One JSON object per look at the validation data.
 VALIDATION = "validation.jsonl"
 TENSORBOARD = "tensorboard"
+
+# Their classes are made when they are imported, which no type checker sees.
+_EVENTS: Any = event_pb2
+_SUMMARIES: Any = summary_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +98,35 @@ class Sums:
         return self.num_tokens * self.ranks.world_size / max(1e-9, time.perf_counter() - self.started)
 
 
+class _EventFile:
+    """Numbers for TensorBoard, each event whole or not there at all.
+
+    Its own writer is a thread that a full disk ends for good, with a traceback.
+
+    Args:
+        folder: Of the run.
+        purge_step: The first step whose numbers in older files of the folder count no more.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self.path = folder / TENSORBOARD / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        started = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+        self._add(_EVENTS.Event(file_version="brain.Event:2"), _EVENTS.Event(step=purge_step, session_log=started))
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        """Adds what was measured at a step, by name."""
+        entries = [_SUMMARIES.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(_EVENTS.Event(step=step, summary=_SUMMARIES.Summary(value=entries)))
+
+    def _add(self, *events: Any) -> None:
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        append(self.path, records.getvalue())
+
+
 class MetricsLog:
     """Writes measurements of the first process to its files, and to the trackers that the config names.
 
@@ -109,7 +146,7 @@ class MetricsLog:
         self.is_writer = ranks.is_first
         self._wandb = _import_wandb() if config.log.wandb is not None and self.is_writer else None
         self._wandb_run: Any = None
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: _EventFile | None = None
 
     def open(self, *, step: int) -> None:
         """Begins after so many steps: what was written of later ones, which are taken again, is dropped."""
@@ -119,7 +156,7 @@ class MetricsLog:
             _forget_after(self.out / name, step)
         if self.config.log.tensorboard:
             with self._surviving("TensorBoard's numbers"):
-                self._tensorboard = SummaryWriter(str(self.out / TENSORBOARD), purge_step=step + 1)
+                self._tensorboard = _EventFile(self.out, purge_step=step + 1)
         if self._wandb is not None:
             # One run of wandb for one folder, also when it is resumed.
             identity = self.out.absolute().as_posix().strip("/").replace("/", "-")[-64:]
@@ -141,9 +178,6 @@ class MetricsLog:
 
     def close(self) -> None:
         """Ends what `open` began."""
-        if self._tensorboard is not None:
-            with self._surviving("TensorBoard's last numbers"):
-                self._tensorboard.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
 
@@ -155,19 +189,11 @@ class MetricsLog:
         entry = {"step": step, "epoch": epoch, **asdict(measurement), **numbers}
         flat = _flatten(part, asdict(measurement) | numbers)
         with self._surviving(f"The numbers of step {step}"):
-            append_line(self.out / file_name, json.dumps(entry))
-            # Its writer does not outlive an error: with no room for a line, it is not asked.
-            self._write_tensorboard(flat, step)
+            append(self.out / file_name, f"{json.dumps(entry)}\n".encode())
+            if self._tensorboard is not None:
+                self._tensorboard.write(flat, step)
         if self._wandb_run is not None:
             self._wandb_run.log(flat, step=step)
-
-    def _write_tensorboard(self, flat: dict[str, float], step: int) -> None:
-        writer, self._tensorboard = self._tensorboard, None
-        if writer is not None:
-            for name, value in flat.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-            self._tensorboard = writer
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:

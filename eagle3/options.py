@@ -192,7 +192,10 @@ def _refuse_unknown(arguments: Sequence[str], known: Sequence[str]) -> None:
 def _config_paths(arguments: Sequence[str]) -> Iterator[str]:
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument == "--config" or argument.startswith("--config="):
-            yield argument.partition("=")[2] or following
+            path = argument.partition("=")[2] or following
+            if not path or path.startswith("--"):
+                raise ConfigError("--config needs the path of a YAML file behind it.")
+            yield path
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -206,9 +209,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"The config file {path} is not YAML in UTF-8: {' '.join(str(error).split())}.") from error
-    if content is not None and not isinstance(content, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"The config file {path} must hold settings such as `train:` with `lr: 1e-4` below it.")
-    return content or {}
+    return content
 
 
 def _keys(content: dict[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:

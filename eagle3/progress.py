@@ -1,11 +1,9 @@
 """Step 32: how a run shows itself: a bar where a person looks on, plain lines everywhere else."""
 
 import logging
-import shutil
 import sys
-from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self, TextIO, TypeVar
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -15,39 +13,12 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    track,
 )
 
 from eagle3.metrics import Measurement
 from eagle3.parallel import Ranks
 
 logger = logging.getLogger("eagle3")
-
-
-Item = TypeVar("Item")
-
-
-def tables() -> Console:
-    """Where tables are printed: as wide as the terminal, and 100 columns where there is none."""
-    return Console(width=shutil.get_terminal_size((100, 24)).columns)
-
-
-def watched(items: Iterable[Item], description: str, *, total: int) -> Iterator[Item]:
-    """The items, with a bar on standard error as they are taken, if that is a terminal."""
-    console = Console(stderr=True)
-    off = not console.is_terminal
-    yield from track(
-        items, description, total=total, console=console, transient=True, disable=off, refresh_per_second=2
-    )
-
-
-class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes log lines to what is standard error at the time: above a bar, where there is one, and not through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Writes one line."""
-        self.stream = sys.stderr  # not setStream, which flushes the old one, and that may be closed
-        super().emit(record)
 
 
 class Display:

@@ -2,19 +2,20 @@
 
 import base64
 import html
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from eagle3.commands import ReportConfig
 from eagle3.config import RunConfig, read_run_config
 from eagle3.errors import DataError
 from eagle3.evaluate import EVALUATION
+from eagle3.files import naming_disk_errors, write_whole
 from eagle3.metrics import METRICS, VALIDATION
+from eagle3.terminal import say, waiting
 
 PICTURE, PAGE = "report.png", "report.html"
 
@@ -49,7 +50,7 @@ def run_report(config: ReportConfig) -> None:
         DataError: A run has measured nothing yet, or its files cannot be read.
     """
     for path in write_report(read_runs(config.runs), Path(config.out or config.runs[0])):
-        Console(soft_wrap=True).print(path, highlight=False)
+        say(f"{path}\n")
 
 
 def read_runs(folders: Sequence[str]) -> list[RunRecord]:
@@ -82,11 +83,17 @@ def write_report(runs: Sequence[RunRecord], out: Path) -> tuple[Path, Path]:
 
     Returns:
         The paths of the picture and of the page.
+
+    Raises:
+        CheckpointError: They cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
     picture, page = out / PICTURE, out / PAGE
-    _draw(runs, picture)
-    page.write_text(_page(runs, picture.read_bytes()), encoding="utf-8")
+    with waiting("Drawing"):
+        drawn = _draw(runs)
+    with naming_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(picture, drawn)
+        write_whole(page, _page(runs, drawn).encode())
     return picture, page
 
 
@@ -122,7 +129,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _draw(runs: Sequence[RunRecord], path: Path) -> None:
+def _draw(runs: Sequence[RunRecord]) -> bytes:
     # Here and not above: it takes a second, and every command imports this module.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -147,7 +154,9 @@ def _draw(runs: Sequence[RunRecord], path: Path) -> None:
             ax.legend(frameon=False, fontsize=8)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     figure.suptitle(f"EAGLE-3 draft: {title}", fontsize=13, fontweight="bold")
-    figure.savefig(path)
+    png = io.BytesIO()
+    figure.savefig(png)
+    return png.getvalue()
 
 
 def _color(index: int) -> str:

@@ -27,6 +27,7 @@ from eagle3.description import (
 )
 from eagle3.errors import TargetError
 from eagle3.features import Features
+from eagle3.terminal import waiting
 
 # Share of the largest logit. Equal products differ by 2 ** -8 in bfloat16; scaled, capped or shifted ones by more.
 _HEAD_TOLERANCE = 0.02
@@ -103,9 +104,10 @@ class FrozenTarget:
         tokenizer = load_tokenizer(folder_or_name)
         whole_config = describe_target(folder_or_name).whole_config
         try:
-            loaded: Any = model_class(whole_config).from_pretrained(
-                folder_or_name, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOAD_OPTIONS
-            )
+            with waiting("Loading the target"):
+                loaded: Any = model_class(whole_config).from_pretrained(
+                    folder_or_name, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOAD_OPTIONS
+                )
         except LOAD_ERRORS as error:
             raise unreadable(folder_or_name, part="model", error=error) from error
         model, info = loaded

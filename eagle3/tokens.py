@@ -21,6 +21,7 @@ from eagle3.errors import DataError
 from eagle3.features import FeatureSource
 from eagle3.files import TensorCache
 from eagle3.packing import pack
+from eagle3.terminal import waiting, watched
 
 logger = logging.getLogger("eagle3")
 
@@ -130,7 +131,9 @@ def load_tokens(
             logger.info("Tokens of %s are read from %s", path, cache.folder / name)
             return _from_tensors(*kept)
         logger.info("Tokenizing %s", path)
-        data = encode(load_conversations(path), tokenizer, max_length=max_length)
+        with waiting("Reading conversations"):
+            conversations = load_conversations(path)
+        data = encode(conversations, tokenizer, max_length=max_length)
         cache.write(name, *_to_tensors(data))
     return data
 
@@ -220,7 +223,7 @@ def encode(
     """
     mark = _mark_by_tags if _GENERATION_TAG.search(_chat_template(tokenizer)) else _mark_by_prefixes
     examples, num_truncated = [], 0
-    for conversation in conversations:
+    for conversation in watched(conversations, "Tokenizing", total=len(conversations)):
         if not conversation.messages:
             continue
         ids, mask = mark(conversation, tokenizer=tokenizer)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import eagle3.cli
 import tiepolicy._cli
 from eagle3.manual import help_parser
-from eagle3.progress import watched
+from eagle3.terminal import watched
 from tiepolicy import _meter
 
 
