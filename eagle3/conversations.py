@@ -79,18 +79,21 @@ def count_conversations(path: str | Path) -> int:
     """Counts the conversations of a file without reading what they say.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or is empty.
     """
     path = Path(path)
     try:
         if path.suffix == ".parquet":
             _, parquet = _pyarrow(path)
-            num_rows: int = parquet.read_metadata(path).num_rows
-            return num_rows
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
+            count: int = parquet.read_metadata(path).num_rows
+        else:
+            with path.open("rb") as file:
+                count = sum(1 for line in file if line.strip())
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise DataError(f"{path} cannot be read: {reason(error)}. Give the path of a JSONL or Parquet file.") from error
+    if not count:
+        raise DataError(f"{path} holds no conversation. {_EXPECTED}")
+    return count
 
 
 def _json_entries(path: Path) -> Iterator[tuple[str, object]]:

@@ -177,8 +177,8 @@ def weights_digest(folder_or_name: str | Path) -> str:
 
 def unreadable(folder_or_name: str | Path, *, part: str, error: Exception) -> TargetError:
     """The error for a part of a target that cannot be loaded."""
-    if Path(folder_or_name).is_dir():
-        advice = "The folder must hold config.json, *.safetensors and tokenizer.json of a causal language model."
+    if Path(folder_or_name).exists():
+        advice = "It must be a folder with config.json, *.safetensors and tokenizer.json of a causal language model."
     else:
         advice = "There is no such folder, and no such name in the local Hugging Face cache: download it first."
     reason = " ".join(str(error).split())

@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from eagle3.commands import ReportConfig
 from eagle3.config import RunConfig, read_run_config
 from eagle3.errors import DataError
@@ -21,6 +25,9 @@ PICTURE, PAGE = "report.png", "report.html"
 
 # Told apart by people who do not see all colours, too (Okabe and Ito, "Color Universal Design", 2008).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+# What a look at training or validation data holds, at least.
+_MEASURED = {"step", "loss", "accepted", "accept_length"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,41 +106,49 @@ def write_report(runs: Sequence[RunRecord], out: Path) -> tuple[Path, Path]:
 
 def _read_run(folder: Path, *, name: str) -> RunRecord:
     config = read_run_config(folder)
-    train = _read_lines(folder / METRICS)
+    train = _read_lines(folder / METRICS, _MEASURED | {"lr", "tokens_per_second"})
     if not train:
         raise DataError(f"{folder / METRICS} has no line yet: the run {folder} has measured nothing. Train first.")
-    evaluation = folder / EVALUATION
     return RunRecord(
         name=name,
         config=config,
         train=train,
-        validation=_read_lines(folder / VALIDATION),
-        evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
+        validation=_read_lines(folder / VALIDATION, _MEASURED),
+        evaluation=_read_evaluation(folder / EVALUATION),
     )
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+def _read_lines(path: Path, needed: set[str]) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError as error:
             if number == len(lines):  # a run may be writing it just now
                 break
             raise DataError(
                 f"{path}:{number}: not JSON ({error}). Delete the line; the report needs the rest."
             ) from error
+        if not (isinstance(entry, dict) and needed <= entry.keys()):
+            raise DataError(f"{path}:{number}: no measurement of a run. Delete the line; the report needs the rest.")
+        entries.append(entry)
     return entries
 
 
-def _draw(runs: Sequence[RunRecord]) -> bytes:
-    # Here and not above: it takes a second, and every command imports this module.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _read_evaluation(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if {"greedy", "sampled", "simulated_by_depth"} <= dict(found).keys():
+            return found
+    except (OSError, ValueError, TypeError):
+        pass
+    raise DataError(f"{path} is not what `eagle3 evaluate` writes. Run it again, or delete the file.")
 
+
+def _draw(runs: Sequence[RunRecord]) -> bytes:
     figure = Figure(figsize=(13, 7.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
@@ -208,8 +223,6 @@ def _draw_accept_length(ax: Any, runs: Sequence[RunRecord]) -> None:
 
 def _draw_depths_over_steps(ax: Any, runs: Sequence[RunRecord]) -> None:
     """Of the first run: one line for each depth."""
-    from matplotlib import colormaps
-
     run = runs[0]
     num_depths = len(run.train[0]["accepted"])
     for depth in range(num_depths):
