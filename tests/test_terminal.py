@@ -6,9 +6,11 @@ import io
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,19 +123,27 @@ def test_without_shtab_the_core_says_how_to_get_it(capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         tiepolicy._cli.main(["--print-completion", "bash"])
     assert 2 == caught.value.code
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "tiepolicy: error: --print-completion needs shtab: pip install 'tiepolicy[completion]'" == last
+    expected = "tiepolicy: error: --print-completion needs shtab: pip install 'tiepolicy[completion]'"
+    assert f"{expected} (see tiepolicy --help)\n" == capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("columns", "widest"), [("80", 80), ("120", 120), (None, 100)])
-def test_tables_are_as_wide_as_the_terminal(columns, widest, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    if columns is not None:
-        monkeypatch.setenv("COLUMNS", columns)
-    save_file({f"a.{'long.' * 40}name": torch.zeros(2)}, tmp_path / "file.safetensors")
-    assert 0 == tiepolicy._cli.main(["inspect", str(tmp_path / "file.safetensors")])
-    table = capsys.readouterr().out.split("\n\n")[1]
-    assert widest == max(map(len, table.splitlines()))
+@pytest.mark.parametrize("columns", [80, 120])
+def test_long_names_go_on_in_further_lines_of_a_terminal_and_stay_whole_in_a_pipe(
+    columns, tmp_path, capsys, monkeypatch
+):
+    name = f"a.{'long.' * 40}name"
+    save_file({name: torch.zeros(2)}, tmp_path / "file.safetensors")
+
+    def table():
+        assert 0 == tiepolicy._cli.main(["inspect", str(tmp_path / "file.safetensors")])
+        return capsys.readouterr().out.split("\n\n")[1].splitlines()
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert f"{name}  (2,)   float32  8 B   file.safetensors" == table()[1]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = table()
+    assert columns == max(map(len, shown))
+    assert name == "".join(line.split("  (2,)")[0].strip() for line in shown[1:])
 
 
 class Terminal(io.StringIO):
@@ -176,6 +186,45 @@ def test_values_of_two_files_are_counted_as_they_are_compared(tmp_path, monkeypa
     assert [12] == counted
 
 
+@pytest.mark.parametrize(
+    ("program", "command", "step"),
+    [
+        ("tiepolicy", ["plugins"], "tiepolicy._cli.installed_plugins"),
+        ("eagle3", ["report", "x"], "eagle3.report.read_runs"),
+    ],
+)
+def test_who_interrupts_a_command_reads_one_line(program, command, step, monkeypatch, capsys):
+    monkeypatch.setattr(step, lambda *_: signal.raise_signal(signal.SIGINT))
+    assert (130, ("", f"{program}: interrupted\n")) == (main_of(program)(command), capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [("tiepolicy", "tiepolicy: standard output cannot be written: No space left on device"), ("eagle3", 2)],
+)
+def test_a_full_disk_behind_standard_output_is_a_sentence(program, code, monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as caught:
+            sys.exit(main_of(program)(["--help"]))
+    assert code == caught.value.code
+    assert (
+        program == "tiepolicy"
+        or "eagle3: error: Standard output cannot be written: No space" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("program", ["tiepolicy", "eagle3"])
+def test_a_reader_that_has_seen_enough_is_no_error(program, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as caught:
+            main_of(program)(["--help"])
+    assert (0, "") == (caught.value.code, capsys.readouterr().err)
+
+
 def in_a_terminal(*command, **environment):
     """What a program writes to a terminal of 80 columns."""
     ours, theirs = pty.openpty()
@@ -207,4 +256,4 @@ def test_tables_in_a_terminal_have_no_colours_where_none_are_wanted(environment,
     styles = [style for styles in re.findall(r"\x1b\[([0-9;]*)m", output) for style in styles.split(";")]
     # Bold and italic are no colours, but a dumb terminal shows their codes as they are.
     assert set(styles) <= ({"0", "1", "3"} if environment["TERM"] == "xterm" else set())
-    assert [] == [line for line in output.splitlines() if len(re.sub(r"\x1b\[[0-9;]*m", "", line)) > 80]
+    assert [] == [line for line in output.splitlines() if len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) > 80]

@@ -1,12 +1,15 @@
 """Step 32, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from tiepolicy import _inspect
 from tiepolicy._contents import read_contents
@@ -19,9 +22,10 @@ from tiepolicy.errors import TiePolicyError
 OK = 0
 FOUND = 1
 USAGE = 2
+INTERRUPTED = 130
 
 _PATH_HELP = "a safetensors file, a Hugging Face folder, or a folder of torch.distributed.checkpoint"
-_EPILOG = "exit codes: 0 fine, 1 differences or damage, 2 wrong usage"
+_EPILOG = "exit codes: 0 fine, 1 differences or damage, 2 wrong usage, 130 interrupted"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,28 +35,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands after `tiepolicy` on the command line; taken from the process if not given.
 
     Returns:
-        0 if all is fine, 1 if there are differences or damage. Wrong usage leaves with 2 through `SystemExit`.
+        0 if all is fine, 1 if there are differences or damage, 130 if a person interrupted it. Wrong
+        usage leaves with 2 through `SystemExit`.
     """
-    parser = command_parser()
-    options = parser.parse_args(arguments)
+    try:
+        try:
+            return _obey(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            _write_out("")  # what argparse has printed is written here, where an error is met
+    except KeyboardInterrupt:
+        sys.stderr.write("tiepolicy: interrupted\n")
+        return INTERRUPTED
+
+
+def _obey(arguments: Sequence[str]) -> int:
+    options, unknown = command_parser().parse_known_args(arguments)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], re.findall(r"--[a-z-]+", options.parser.format_help()), n=1)
+        options.parser.error(f"{unknown[0]} is unknown" + "".join(f", did you mean {name}?" for name in close))
     for name in ("path", "a", "b"):
         path = getattr(options, name, None)
-        if path is not None and not path.exists():
-            parser.error(f"there is no file or folder {_inspect.printable(str(path))}")
+        if path is not None and not _exists(path):
+            options.parser.error(f"there is no file or folder {_inspect.printable(str(path))}")
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        code = command(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        return command(options)
     except TiePolicyError as error:
         if options.json:
             _print(_inspect.to_json(_inspect.error_values(error)))
         else:
             sys.stderr.write(f"tiepolicy: {_inspect.sentence(str(error))}\n")
         return FOUND
-    return code
 
 
 def _inspect_command(options: argparse.Namespace) -> int:
@@ -98,15 +111,22 @@ def _plugins_command(options: argparse.Namespace) -> int:
 
 def _owner(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
-    if not (name and path and Path(path).exists()):
+    if not (name and path and _exists(Path(path))):
         raise argparse.ArgumentTypeError(f"{_inspect.printable(text)} is no NAME=PATH of a file or folder")
     return name, Path(path)
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises where a name is too long
 
 
 def _write(path: Path, text: str) -> None:
     """Put a whole file in its place, or nothing."""
     partial = Path(f"{path}.{os.getpid()}")
     try:
+        if _exists(path) and not path.is_file():  # a device or a pipe is written to, and never replaced
+            path.write_text(text, encoding="ascii")
+            return
         try:
             partial.write_text(text, encoding="ascii")
             partial.replace(path)
@@ -119,7 +139,19 @@ def _write(path: Path, text: str) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    _write_out(f"{text}\n")
+
+
+def _write_out(text: str) -> None:
+    """Write to standard output at once; a reader that has seen enough, such as `head`, is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Or the interpreter tries it again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            sys.exit(f"tiepolicy: standard output cannot be written: {error.strerror}")
 
 
 def _add_completion(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +165,14 @@ def _add_completion(parser: argparse.ArgumentParser) -> None:
         add(parser, [option], help=text)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program."""
+        self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 class _NoCompletion(argparse.Action):
     """Says what a completion script needs."""
 
@@ -142,7 +182,7 @@ class _NoCompletion(argparse.Action):
 
 def command_parser() -> argparse.ArgumentParser:
     """What knows all commands with their options, and prints their help."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tiepolicy",
         description="Look at checkpoints and at which of their names are one tensor. Runs nothing that a checkpoint "
         "holds.",
@@ -159,7 +199,7 @@ def command_parser() -> argparse.ArgumentParser:
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=_EPILOG
         )
         added.add_argument("--json", action="store_true", help="print JSON, with every name in full")
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, parser=added)
         return added
 
     inspect = add("inspect", _inspect_command, "show names, shapes, dtypes, sizes, tied groups and refused claims")

@@ -1,7 +1,8 @@
-"""Step 30, reporting: what the commands found, as text of at most 100 columns and as JSON with every name in full."""
+"""Step 30, reporting: what the commands found, as text and as JSON, with every name in full."""
 
 import json
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiepolicy._table import columns, count, format_bytes
 from tiepolicy._table import printable as printable
 from tiepolicy.errors import TiePolicyError
 
-#: Columns that every line fits where nothing is said about the terminal, if no single word is longer.
+#: Columns that every sentence fits where nothing is said about the terminal, if no single word is longer.
 WIDTH = 100
 #: Columns below which tables are not made narrower.
 _MIN_WIDTH = 60
@@ -242,7 +243,7 @@ def sentence(text: str, *, indent: str = "") -> str:
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     cells = [tuple(printable(cell) for cell in row) for row in rows]
-    return columns(cells, width=_width())
+    return columns(cells, width=_width() if sys.stdout.isatty() else None)
 
 
 def _width() -> int:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import Alias, RefusedClaim, TieGroup
-from tiepolicy._table import format_bytes, printable, shorten
+from tiepolicy._table import format_bytes, printable
 
 # In pixels. Names are set in a font whose characters are all as wide.
 _WIDTH, _MARGIN, _BOX_WIDTH, _BOX_HEIGHT = 800, 24, 330, 44
@@ -212,7 +212,7 @@ class _Canvas:
         self.elements.append(
             f'<g>{whole}<rect class="{style}" x="{x}" y="{y}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="5"/>'
         )
-        self._text(x + 12, y + 19, shorten(printable(name), _NAME_CHARACTERS), "name")
+        self._text(x + 12, y + 19, _shorten(printable(name)), "name")
         self._text(x + 12, y + 36, note, "note")
         self.elements.append("</g>")
 
@@ -222,3 +222,11 @@ class _Canvas:
 
 def _escaped(text: str) -> str:
     return html.escape(printable(text))
+
+
+def _shorten(name: str) -> str:
+    """The beginning and the end of a name; its end says more than its middle."""
+    if len(name) <= _NAME_CHARACTERS:
+        return name
+    end = (_NAME_CHARACTERS - 2) // 2
+    return f"{name[: _NAME_CHARACTERS - 3 - end]}...{name[-end:]}"

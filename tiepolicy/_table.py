@@ -1,12 +1,14 @@
 """Step 11, showing: a plan as a table for people, at most 100 columns wide where the names allow it."""
 
+import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import Companion, RefusedClaim, TieGroup
 
-#: Characters below which a column is not shortened.
+#: Characters below which a column is not made narrower.
 _MIN_COLUMN = 8
 
 
@@ -75,22 +77,19 @@ def _external_row(tie: ExternalTie, tensors: Mapping[str, TensorSpec]) -> tuple[
 
 
 def columns(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str:
-    """Lines of aligned cells; to fit a width, the widest columns are shortened in the middle."""
+    """Lines of aligned cells; to fit a width, cells of the widest columns go on in further lines, set in."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _MIN_COLUMN:
         widths[widths.index(max(widths))] -= 1
     return "\n".join(
-        "  ".join(shorten(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
+        "  ".join(part.ljust(size) for part, size in zip(line, widths, strict=True)).rstrip()
         for row in rows
+        for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
     )
 
 
-def shorten(text: str, width: int) -> str:
-    """The beginning and the end of a text; the end of a name says more than its middle."""
-    if len(text) <= width:
-        return text
-    end = (width - 2) // 2
-    return f"{text[: width - 3 - end]}...{text[len(text) - end :]}"
+def _folded(cell: str, width: int) -> list[str]:
+    return [cell] if len(cell) <= width else textwrap.wrap(cell, width, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def printable(text: str) -> str:

@@ -72,6 +72,7 @@ def test_unknown_and_mistyped_settings_are_refused(world, tmp_path, capfd, optio
     ("arguments", "sentence"),
     [
         (["trian"], "eagle3: error: trian is not a command; did you mean train?"),
+        (["train", "--config"], "eagle3: error: --config needs the path of a YAML file behind it."),
         (["train"], "eagle3: error: --out and --target.model and --data.train are required"),
         (
             ["train", "--train.learning_rat", "3"],

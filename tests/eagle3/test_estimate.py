@@ -107,6 +107,12 @@ def test_a_draft_vocabulary_larger_than_the_targets_is_one_sentence(world, tmp_p
     assert expected == capfd.readouterr().err
 
 
+def test_data_without_a_conversation_is_one_sentence(world, tmp_path, capfd):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert 2 == main(["estimate", *arguments(world, tmp_path, "--data.train", tmp_path / "empty.jsonl")])
+    assert capfd.readouterr().err.startswith(f"eagle3: error: {tmp_path}/empty.jsonl holds no conversation. Each line")
+
+
 def test_no_processes_are_refused():
     with pytest.raises(ConfigError, match=r"processes is 0, but must be at least 1\."):
         read_settings(EstimateConfig, ["--out", "x", "--target.model", "y", "--data.train", "z", "--processes", "0"])

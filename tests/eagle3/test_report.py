@@ -100,6 +100,34 @@ def test_a_broken_line_is_named(tmp_path):
         read_runs([folder])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("metrics.jsonl", b'{"a": 1}', r"metrics\.jsonl:1: no measurement of a run"),
+        ("metrics.jsonl", b"\xff\xfe\n\n", r"metrics\.jsonl:1: not JSON"),
+        ("validation.jsonl", b"[1]\n", r"validation\.jsonl:1: no measurement of a run"),
+        ("evaluation.json", b"[1]", r"evaluation\.json is not what `eagle3 evaluate` writes"),
+        ("evaluation.json", b"\xff", r"evaluation\.json is not what `eagle3 evaluate` writes"),
+        ("run_config.json", b"null", r"run_config\.json, cannot be read"),
+    ],
+)
+def test_a_file_that_no_run_writes_is_named(tmp_path, name, content, sentence):
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises((ConfigError, DataError), match=sentence):
+        read_runs([folder])
+
+
+def test_a_report_that_cannot_be_written_is_a_sentence(tmp_path, capsys):
+    one = write_run(tmp_path / "one")
+    (tmp_path / "file").touch()
+    assert 2 == main(["report", one, "--out", str(tmp_path / "file" / "out")])
+    expected = (
+        f"eagle3: error: {tmp_path}/file/out cannot be written: Not a directory. Free some space or choose another"
+    )
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_a_run_that_measured_nothing_and_a_folder_without_a_run_are_refused(tmp_path):
     with pytest.raises(DataError, match="has measured nothing. Train first."):
         read_runs([write_run(tmp_path / "run", num_lines=0)])
