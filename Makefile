@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: demo test slow quick faults lint types docs wheel-test compat fuzz audit setup clean
+.PHONY: demo test slow quick faults lint types docs wheel wheel-test compat fuzz audit setup clean
 
 demo: setup
 	rm -rf $(DEMO)
@@ -37,23 +37,19 @@ docs: setup
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
 	@echo build/docs/index.html
 
-# The tests once more, against the built wheel in an environment that does not see this folder's packages.
-wheel-test: setup
+# What is installed, small enough to be read: a wheel that grows past this says something twice.
+MOST_WHEEL_BYTES := 400000
+wheel: setup
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel .
+	@size=$$(cat build/wheel/*.whl | wc -c); [ $$size -le $(MOST_WHEEL_BYTES) ] || { echo "make wheel: the wheel has\
+	 $$size bytes and may have $(MOST_WHEEL_BYTES): say things once, or take something away"; exit 1; }
+
+# The tests once more, against the built wheel in an environment that does not see this folder's packages.
+wheel-test: wheel
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[test]"
 	HYPOTHESIS_PROFILE=ci build/wheel/venv/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
-
-# And with other versions: make compat PYTHON=python3.12 TORCH=2.11.0 TRANSFORMERS=5.17.0. What is not given is the newest
-# that the package allows. The pins hold for all but those two and what they pin in turn; pip builds the wheel.
-COMPAT := build/compat
-compat:
-	$(PYTHON) -m venv --clear $(COMPAT)
-	grep -Ev '^(torch|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(COMPAT)/constraints.txt
-	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt \
-		torch$(TORCH:%===%) transformers$(TRANSFORMERS:%===%) ".[test]"
-	HYPOTHESIS_PROFILE=ci $(COMPAT)/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
 
 # The readers of untrusted bytes, one after the other, guided by the code they reach; see tests/fuzz.py.
 FUZZ_SECONDS ?= 60
