@@ -61,7 +61,7 @@ sys.path.insert(0, {str(site)!r})
 import tiepolicy
 from importlib.metadata import entry_points
 from tiepolicy._policy import default_policy
-names = sorted(name for name, plugin in default_policy()._manager.list_name_plugin())
+names = [plugin.name for plugin in default_policy().plugins()]
 files = {{name.split(".")[0]: sys.modules[name].__file__ for name in ("tiepolicy", "tiepolicy_hf")}}
 print(names, all(file.startswith({str(site)!r}) for file in files.values()))
 """

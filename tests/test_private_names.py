@@ -13,7 +13,7 @@ LIBRARIES = {"torch", "transformers", "safetensors", "huggingface_hub", "acceler
 _ARCHIVES = "tests/tiepolicy_dcp/test_archives.py"
 _MODULES = "tests/test_private_names.py::test_a_module_keeps_its_tensors_where_its_public_methods_look"
 _ATTENTION = "tests/eagle3/test_kernels.py::test_merged_attention_and_all_its_gradients"
-_METADATA = "tests/tiepolicy/test_unpickling.py::test_what_dcp_wrote_is_read_as_dcp_reads_it"
+_METADATA = "tests/tiepolicy/test_metadata.py::test_what_dcp_wrote_is_read_as_dcp_reads_it"
 _WRAPPERS = "tests/tiepolicy/test_observe.py::test_wrappers_change_no_name"
 #: Dotted names, and attributes of objects of any type, with the test that uses each for real.
 GUARDED = {
@@ -45,7 +45,7 @@ GUARDED = {
 }
 #: Of objects that are ours, or Python's own; strings among them.
 OURS = {
-    *("._Layout", "._Model", "._Unpickler", "._Value", "._load", "._manager", "._open", "._save", "._tiepolicy_plan"),
+    *("._Layout", "._Model", "._Unpickler", "._Value", "._load", "._open", "._save", "._tiepolicy_plan"),
     *("._trainer", "._weight"),
 }
 _CUDNN, _FLASH = "_scaled_dot_product_cudnn_attention", "_flash_attention"

@@ -28,6 +28,7 @@ from tiepolicy._observe import TensorSource
 from tiepolicy._observe import named_modules as named_modules
 from tiepolicy._observe import observe as observe
 from tiepolicy._plan import TiePlan as TiePlan
+from tiepolicy._plugins import Plugin as Plugin
 from tiepolicy._policy import Policy as Policy
 from tiepolicy._policy import default_policy
 from tiepolicy._reconcile import Action as Action

@@ -15,7 +15,7 @@ from tiepolicy import _inspect
 from tiepolicy._contents import read_contents
 from tiepolicy._diff import diff, diff_values
 from tiepolicy._meter import Meter
-from tiepolicy._plugins import installed_plugins
+from tiepolicy._policy import default_policy
 from tiepolicy._verify import find_problems
 from tiepolicy.errors import TiePolicyError
 
@@ -104,7 +104,7 @@ def _verify_command(options: argparse.Namespace) -> int:
 
 
 def _plugins_command(options: argparse.Namespace) -> int:
-    plugins = installed_plugins()
+    plugins = default_policy().plugins()
     _print(_inspect.to_json(_inspect.plugin_values(plugins)) if options.json else _inspect.show_plugins(plugins))
     return OK
 

@@ -1,18 +1,25 @@
-"""Step 29, plugins: which ones the default policy found, and where they come from."""
+"""Step 19, plugins: they are registered, asked, and named where one of them fails."""
 
+import contextlib
+import itertools
+import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from types import FrameType
+from typing import Any, TypeVar
 
 import pluggy
 
-from tiepolicy._policy import default_policy
+from tiepolicy import _rules, _trace, hookspecs
 from tiepolicy.errors import PluginError
-from tiepolicy.hookspecs import PROJECT
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plugin:
-    """One plugin of the default policy."""
+    """One plugin of a policy."""
 
     name: str
     module: str
@@ -24,38 +31,120 @@ class Plugin:
     version: str
 
 
-def installed_plugins() -> list[Plugin]:
-    """The plugins of the default policy, sorted by name.
+class Plugins:
+    """The plugins of one policy, the built-in rules among them, who are asked last.
 
-    Raises:
-        PluginError: If one cannot be loaded.
+    Args:
+        plugins: Objects or modules that implement hooks.
     """
+
+    def __init__(self, plugins: Iterable[object]) -> None:
+        self.manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs)
+        self._is_traced = _trace.is_wanted()
+        if self._is_traced:
+            _trace.trace(self.manager)
+        self.manager.register(_rules, name="built-in rules")
+        for plugin in plugins:
+            self.manager.register(plugin, name=self._free_name(plugin))
+
+    def load_installed(self) -> None:
+        """Add those that are published in the entry point group.
+
+        Raises:
+            PluginError: If one cannot be loaded.
+        """
+        try:
+            self.manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+        except Exception as error:  # a plugin runs its own code when it is imported
+            raise PluginError(
+                f"an installed plugin cannot be loaded, {type(error).__name__}: {error}. Update or uninstall it"
+            ) from error
+
+    def described(self) -> list[Plugin]:
+        """All of them, sorted by name, and where they come from."""
+        origins = {id(plugin): distribution for plugin, distribution in self.manager.list_plugin_distinfo()}
+        named = [(name, plugin) for name, plugin in self.manager.list_name_plugin() if plugin is not None]
+        found = []
+        for name, plugin in sorted(named, key=lambda item: item[0]):
+            distribution = getattr(origins.get(id(plugin)), "project_name", "") or hookspecs.PROJECT
+            found.append(
+                Plugin(
+                    name=name,
+                    module=getattr(plugin, "__name__", None) or type(plugin).__module__,
+                    hooks=tuple(sorted(caller.name for caller in self.manager.get_hookcallers(plugin) or ())),
+                    distribution=distribution,
+                    version=_version(distribution),
+                )
+            )
+        return found
+
+    def answer(self, hook_name: str) -> bool:
+        """Whether anybody but the built-in rules implements a hook."""
+        implementations = getattr(self.manager.hook, hook_name).get_hookimpls()
+        return any(implementation.plugin is not _rules for implementation in implementations)
+
+    def are_asked(self, hook_name: str) -> bool:
+        """Whether a question goes through pluggy: a trace wants to see it even where only the built-in rules answer."""
+        return self._is_traced or self.answer(hook_name)
+
+    def ask(self, hook_name: str, **arguments: Any) -> Any:
+        """The answer of a hook, whatever it is."""
+        hook = getattr(self.manager.hook, hook_name)
+        with _naming_culprit(hook):
+            return hook(**arguments)
+
+    def first(self, hook_name: str, expected: type[_Value], **arguments: Any) -> _Value:
+        """The answer of a hook whose first answer counts; the built-in rules have one."""
+        return self.checked(hook_name, self.ask(hook_name, **arguments), expected)
+
+    def each(self, hook_name: str, expected: type[_Value], **arguments: Any) -> list[_Value]:
+        """What all plugins answer to a hook, without the built-in rules."""
+        hook = self.manager.subset_hook_caller(hook_name, remove_plugins=[_rules])
+        found: list[object] = []
+        with _naming_culprit(hook):
+            for answer in hook(**arguments):
+                # An answer that cannot be read through is refused like a thing in it. Generators raise while read.
+                found += answer if isinstance(answer, Iterable) else [answer]
+        return [self.checked(hook_name, answer, expected) for answer in found]
+
+    def checked(self, hook_name: str, answer: object, expected: type[_Value]) -> _Value:
+        """The answer, if it is of the type that is expected."""
+        if not isinstance(answer, expected):
+            hook = getattr(self.manager.hook, hook_name)
+            raise PluginError(
+                f"a plugin answered {hook_name} with {answer!r}, a {type(answer).__name__}; expected a "
+                f"{expected.__name__}. The plugins that answer this hook are "
+                f"{[implementation.plugin_name for implementation in hook.get_hookimpls()]}"
+            )
+        return answer
+
+    def _free_name(self, plugin: object) -> str:
+        """What errors and traces call a plugin: pluggy's own name for an object is a number."""
+        name = getattr(plugin, "__name__", None) or type(plugin).__name__
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return next(free for free in names if not self.manager.has_plugin(free))
+
+
+@contextlib.contextmanager
+def _naming_culprit(hook: pluggy.HookCaller) -> Iterator[None]:
+    """Turn what a plugin raises into an error that names it."""
     try:
-        manager = default_policy()._manager  # noqa: SLF001 - ours; a policy shows no plugin manager to its users
-    except Exception as error:  # a plugin runs its own code when it is imported
-        raise PluginError(
-            f"an installed plugin cannot be loaded, {type(error).__name__}: {error}. Update or uninstall it"
-        ) from error
-    origins = {id(plugin): distribution for plugin, distribution in manager.list_plugin_distinfo()}
-    return sorted(
-        (
-            _describe(manager, name, plugin, origins.get(id(plugin)))
-            for name, plugin in manager.list_name_plugin()
-            if plugin is not None
-        ),
-        key=lambda plugin: plugin.name,
-    )
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for implementation in hook.get_hookimpls():
+            if any(_runs(frame, implementation.function) for frame in frames):
+                raised = f"raised {type(error).__name__}: {error}"
+                raise PluginError(f"{hook.name} of the plugin {implementation.plugin_name} {raised}") from error
+        raise
 
 
-def _describe(manager: pluggy.PluginManager, name: str, plugin: object, origin: object) -> Plugin:
-    distribution = getattr(origin, "project_name", "") or PROJECT
-    return Plugin(
-        name=name,
-        module=getattr(plugin, "__name__", None) or type(plugin).__module__,
-        hooks=tuple(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ())),
-        distribution=distribution,
-        version=_version(distribution),
-    )
+def _runs(frame: FrameType, function: object) -> bool:
+    """Whether a frame is a call of a function, or of a method of its very object: two plugins may be of one class."""
+    owner = getattr(function, "__self__", None)
+    called = frame.f_code is getattr(function, "__code__", None)
+    return called and (owner is None or any(value is owner for value in frame.f_locals.values()))
 
 
 def _version(distribution: str) -> str:

@@ -1,16 +1,12 @@
-"""Step 19, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+"""Step 20, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
-import itertools
-import traceback
 from collections.abc import Iterable
-from types import FrameType
-from typing import Any
+from operator import attrgetter
 
-import pluggy
 from torch import nn
 
-from tiepolicy import _rules, _trace, hookspecs
+from tiepolicy import _rules
 from tiepolicy._claims import Claim, Reason, Source, Verdict
 from tiepolicy._conflict import Conflict, Missing, Moment, Resolution, unresolved
 from tiepolicy._evidence import relate
@@ -31,6 +27,7 @@ from tiepolicy._groups import (
 )
 from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._plan import TiePlan
+from tiepolicy._plugins import Plugin, Plugins
 from tiepolicy._retie import Keep, share
 from tiepolicy.errors import PluginError, TiePolicyError, UnsafeVerdictError
 
@@ -42,9 +39,9 @@ class Policy:
     not call one tensor what cannot be rebuilt.
 
     Example:
-        >>> import torch
+        >>> import tiepolicy, torch
         >>> class Framework:
-        ...     @hookspecs.hookimpl
+        ...     @tiepolicy.hookimpl
         ...     def tiepolicy_canonical(self, group):
         ...         return next((name for name in group if name.startswith("decoder.")), None)
         >>> weight = torch.zeros(6, 2)
@@ -57,21 +54,22 @@ class Policy:
     """
 
     def __init__(self, plugins: Iterable[object] = ()) -> None:
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
-        self._manager.add_hookspecs(hookspecs)
-        self._is_traced = _trace.is_wanted()
-        if self._is_traced:
-            _trace.trace(self._manager)
-        self._manager.register(_rules, name="built-in rules")
-        for plugin in plugins:
-            self._manager.register(plugin, name=self._free_name(plugin))
+        self._plugins = Plugins(plugins)
 
     @staticmethod
     def from_entry_points() -> "Policy":
-        """A policy with every installed plugin that is published in the entry point group `tiepolicy`."""
+        """A policy with every installed plugin that is published in the entry point group `tiepolicy`.
+
+        Raises:
+            PluginError: If one cannot be loaded.
+        """
         policy = Policy()
-        policy._manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+        policy._plugins.load_installed()
         return policy
+
+    def plugins(self) -> list[Plugin]:
+        """The plugins of this policy, sorted by name; the built-in rules are one."""
+        return self._plugins.described()
 
     def plan(self, source: TensorSource, *, external: Owners | None = None, digests: bool = False) -> TiePlan:
         """Decide which parameters and persistent buffers of a module, or tensors of a mapping, are one tensor.
@@ -94,19 +92,20 @@ class Policy:
             UnsafeVerdictError: If a plugin calls names one tensor that are not.
         """
         facts = observe(source)
-        claims = self._plugin_claims(source if isinstance(source, nn.Module) else None, facts)
+        model = source if isinstance(source, nn.Module) else None
+        claims = self._plugins.each("tiepolicy_claims", Claim, model=model, facts=facts)
         settled, unsettled = self._settle(claims, facts)
         accepted, refused = self._judge(pairs_of([*claims, *_rules.claims_of(unsettled, facts)]), facts)
-        groups = tuple(sorted([*settled, *self._groups(accepted, facts)], key=_name_of))
+        groups = tuple(sorted([*settled, *self._groups(accepted, facts)], key=attrgetter("canonical")))
         plan = TiePlan(
             tensors=facts.specs(),
             groups=groups,
             refused=without_accepted(refused, groups),
-            companions=self._companions(source, facts),
+            companions=self._companions(model, facts),
             external=_external(facts, groups, external, digests=digests),
-            resolver=self.resolve if self._plugins_answer("tiepolicy_resolve") else unresolved,
+            resolver=self.resolve if self._plugins.answer("tiepolicy_resolve") else unresolved,
         )
-        self._ask("tiepolicy_planned", plan=plan)
+        self._plugins.ask("tiepolicy_planned", plan=plan)
         return plan
 
     def tie(self, model: nn.Module, *, keep: Keep | None = None) -> TiePlan:
@@ -129,7 +128,10 @@ class Policy:
             TiePolicyError: If one of the names is a view of a part of a third tensor.
         """
         facts = observe(model)
-        claims = [*self._plugin_claims(model, facts), *_rules.tiepolicy_claims(facts)]
+        claims = [
+            *self._plugins.each("tiepolicy_claims", Claim, model=model, facts=facts),
+            *_rules.tiepolicy_claims(facts),
+        ]
         accepted, refused = self._judge(pairs_of(claims), facts)
         possible = [refusal.claim for refusal in refused if _is_possible(refusal, facts)]
         wanted = {name for claim in possible for name in claim.names}
@@ -155,10 +157,8 @@ class Policy:
         Raises:
             PluginError: If a plugin raises or answers with a wrong type.
         """
-        resolution = self._ask("tiepolicy_resolve", conflict=conflict)
-        if resolution is not None:
-            self._check_type("tiepolicy_resolve", resolution, Resolution)
-        return resolution  # type: ignore[no-any-return]  # checked above
+        answer = self._plugins.ask("tiepolicy_resolve", conflict=conflict)
+        return None if answer is None else self._plugins.checked("tiepolicy_resolve", answer, Resolution)
 
     def _wished(self, names: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts) -> TieGroup:
         """A group of names that are to be one tensor, though they are not yet."""
@@ -168,37 +168,23 @@ class Policy:
                 "the model is built",
                 names=names,
             )
-        canonical = self._ask("tiepolicy_canonical", group=names, claims=claims, facts=facts)
-        self._check_type("tiepolicy_canonical", canonical, str)
+        canonical = self._plugins.first("tiepolicy_canonical", str, group=names, claims=claims, facts=facts)
         if canonical not in names:
             raise PluginError(f"a plugin wants {canonical!r} kept for {list(names)}, which is none of them")
         aliases = tuple(Alias(name=name, reason=Reason.SAME_OBJECT) for name in names if name != canonical)
         return TieGroup(canonical=canonical, aliases=aliases)
 
-    def _plugin_claims(self, model: nn.Module | None, facts: Facts) -> list[Claim]:
-        """What the plugins claim; the built-in rules are not among them."""
-        hook = self._manager.subset_hook_caller("tiepolicy_claims", remove_plugins=[_rules])
-        answers = self._call(hook, model=model, facts=facts)
-        claims = [claim for answer in answers for claim in answer]
-        for claim in claims:
-            self._check_type("tiepolicy_claims", claim, Claim)
-        return claims
-
-    def _companions(self, source: TensorSource, facts: Facts) -> tuple[Companion, ...]:
+    def _companions(self, model: nn.Module | None, facts: Facts) -> tuple[Companion, ...]:
         """What the built-in rule and the plugins call the companion of a tensor."""
-        model = source if isinstance(source, nn.Module) else None
-        companions = _rules.companions_by_shape(facts)
-        for answer in self._ask("tiepolicy_companions", model=model, facts=facts):
-            for companion in answer:
-                self._check_type("tiepolicy_companions", companion, Companion)
-                absent = [name for name in (companion.name, *companion.of) if name not in facts]
-                if absent or not companion.of:
-                    raise PluginError(
-                        f"a plugin answered tiepolicy_companions with {companion}, but "
-                        + (f"{absent[0]} is not in the model" if absent else "it belongs to nothing")
-                    )
-                companions.append(companion)
-        return join_companions(companions)
+        answered = self._plugins.each("tiepolicy_companions", Companion, model=model, facts=facts)
+        for companion in answered:
+            absent = [name for name in (companion.name, *companion.of) if name not in facts]
+            if absent or not companion.of:
+                raise PluginError(
+                    f"a plugin answered tiepolicy_companions with {companion}, but "
+                    + (f"{absent[0]} is not in the model" if absent else "it belongs to nothing")
+                )
+        return join_companions([*_rules.companions_by_shape(facts), *answered])
 
     def _settle(self, claims: list[Claim], facts: Facts) -> tuple[list[TieGroup], list[tuple[str, ...]]]:
         """The groups that memory alone settles, and the sets of names that meet in memory and have to be judged.
@@ -206,7 +192,7 @@ class Policy:
         A set is judged if a claim is about one of its names, or if a plugin decides claims or chooses names.
         """
         sets = facts.sharing()
-        if self._asks_plugins("tiepolicy_decide") or self._asks_plugins("tiepolicy_canonical"):
+        if self._plugins.are_asked("tiepolicy_decide") or self._plugins.are_asked("tiepolicy_canonical"):
             return [], sets
         claimed = {name for claim in claims for name in claim.names}
         groups, unsettled = [], []
@@ -220,7 +206,7 @@ class Policy:
 
     def _judge(self, claims: list[Claim], facts: Facts) -> tuple[list[Claim], list[RefusedClaim]]:
         accepted, refused = [], []
-        asks_plugins = self._asks_plugins("tiepolicy_decide")
+        asks_plugins = self._plugins.are_asked("tiepolicy_decide")
         for claim in claims:
             verdict = self._verdict(claim, facts) if asks_plugins else _rules.tiepolicy_decide(claim, facts)
             if verdict.is_alias:
@@ -231,11 +217,10 @@ class Policy:
 
     def _verdict(self, claim: Claim, facts: Facts) -> Verdict:
         """The first answer to a claim, which may be a plugin's and is held against the evidence."""
-        verdict = self._ask("tiepolicy_decide", claim=claim, facts=facts)
-        self._check_type("tiepolicy_decide", verdict, Verdict)
+        verdict = self._plugins.first("tiepolicy_decide", Verdict, claim=claim, facts=facts)
         if verdict.is_alias:
             _check_evidence(claim, verdict, facts)
-        return verdict  # type: ignore[no-any-return]  # checked above
+        return verdict
 
     def _groups(self, accepted: list[Claim], facts: Facts) -> list[TieGroup]:
         """What accepted claims connect, each set of names with one that contains all others."""
@@ -259,73 +244,20 @@ class Policy:
         self, names: tuple[str, ...], owners: tuple[str, ...], claims: tuple[Claim, ...], facts: Facts
     ) -> str:
         """The name to store for tied names, one of those that contain all others."""
-        canonical = self._ask("tiepolicy_canonical", group=owners, claims=claims, facts=facts)
-        self._check_type("tiepolicy_canonical", canonical, str)
+        canonical = self._plugins.first("tiepolicy_canonical", str, group=owners, claims=claims, facts=facts)
         if canonical not in owners:
             raise UnsafeVerdictError(
                 f"a plugin wants {canonical!r} stored for the tied names {list(names)}, but the others cannot be "
                 f"rebuilt from it; the names that contain all others are {list(owners)}",
                 names=names,
             )
-        return canonical  # type: ignore[no-any-return]  # checked above
-
-    def _ask(self, hook_name: str, **arguments: Any) -> Any:
-        return self._call(getattr(self._manager.hook, hook_name), **arguments)
-
-    def _call(self, hook: pluggy.HookCaller, **arguments: Any) -> Any:
-        try:
-            return hook(**arguments)
-        except Exception as error:
-            plugin = self._culprit(hook, error)
-            if plugin is None:
-                raise
-            raise PluginError(f"{hook.name} of the plugin {plugin} raised {type(error).__name__}: {error}") from error
-
-    def _plugins_answer(self, hook_name: str) -> bool:
-        """Whether anybody but the built-in rules implements a hook."""
-        implementations = getattr(self._manager.hook, hook_name).get_hookimpls()
-        return any(implementation.plugin is not _rules for implementation in implementations)
-
-    def _free_name(self, plugin: object) -> str:
-        """What errors and traces call a plugin: pluggy's own name for an object is a number."""
-        name = getattr(plugin, "__name__", None) or type(plugin).__name__
-        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        return next(free for free in names if not self._manager.has_plugin(free))
-
-    def _asks_plugins(self, hook_name: str) -> bool:
-        """Whether a question goes through pluggy: a trace wants to see it even where only the built-in rules answer."""
-        return self._is_traced or self._plugins_answer(hook_name)
-
-    def _culprit(self, hook: pluggy.HookCaller, error: Exception) -> str | None:
-        """The name of the plugin whose implementation is on the error's traceback."""
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            for implementation in hook.get_hookimpls():
-                if _runs(frame, implementation.function):
-                    return implementation.plugin_name
-        return None
-
-    def _check_type(self, hook_name: str, answer: object, expected: type) -> None:
-        if not isinstance(answer, expected):
-            plugins = [
-                implementation.plugin_name for implementation in getattr(self._manager.hook, hook_name).get_hookimpls()
-            ]
-            raise PluginError(
-                f"a plugin answered {hook_name} with {answer!r}, a {type(answer).__name__}; expected a "
-                f"{expected.__name__}. The plugins that answer this hook are {plugins}"
-            )
+        return canonical
 
 
 @functools.cache
 def default_policy() -> Policy:
     """The policy of the module-level functions: built-in rules and installed plugins, loaded once."""
     return Policy.from_entry_points()
-
-
-def _runs(frame: FrameType, function: object) -> bool:
-    """Whether a frame is a call of a function, or of a method of its very object: two plugins may be of one class."""
-    owner = getattr(function, "__self__", None)
-    called = frame.f_code is getattr(function, "__code__", None)
-    return called and (owner is None or any(value is owner for value in frame.f_locals.values()))
 
 
 def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts) -> None:
@@ -369,7 +301,3 @@ def _external(
 
 def _shapes(claim: Claim, facts: Facts) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(facts[name].shape if name in facts else None for name in claim.names)
-
-
-def _name_of(group: TieGroup) -> str:
-    return group.canonical

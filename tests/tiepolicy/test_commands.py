@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pluggy
 import pytest
 import torch
 from hypothesis import given
@@ -16,9 +17,10 @@ import tiepolicy
 import tiepolicy_dcp
 import tiepolicy_hf
 from models import FlaggedPair, TiedPair, tiny_llama
-from tiepolicy import _contents, _plugins
+from tiepolicy import _contents
 from tiepolicy._cli import main
 from tiepolicy._inspect import WIDTH, printable
+from tiepolicy._policy import default_policy
 from tiepolicy._table import columns
 from tiepolicy.files import read_header
 
@@ -357,10 +359,11 @@ def test_plugins_are_listed_with_their_hooks_and_origin(capsys):
 
 
 def test_a_plugin_that_cannot_be_imported_is_an_error_for_a_person(capsys, monkeypatch):
-    def broken():
+    def broken(_manager, _group):
         raise ImportError("no module named acme")
 
-    monkeypatch.setattr(_plugins, "default_policy", broken)
+    monkeypatch.setattr(pluggy.PluginManager, "load_setuptools_entrypoints", broken)
+    default_policy.cache_clear()
     assert 1 == main(["plugins"])
     expected = (
         "tiepolicy: an installed plugin cannot be loaded, ImportError: no module named acme. Update or uninstall it\n"

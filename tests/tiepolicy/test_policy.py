@@ -193,6 +193,27 @@ def test_a_plugin_that_raises_is_named():
         Policy(plugins=[FlagTrusting(), Broken()]).plan(TiedPair())
 
 
+def test_a_plugin_whose_generator_raises_is_named():
+    class Late:
+        @hookimpl
+        def tiepolicy_claims(self):
+            yield Claim(("embed_tokens.weight", "lm_head.weight"), "user")
+            raise KeyError("registry")
+
+    with pytest.raises(PluginError, match="tiepolicy_claims of the plugin Late raised KeyError: 'registry'"):
+        Policy(plugins=[Late()]).plan(TiedPair())
+
+
+def test_an_answer_that_holds_no_claims_is_refused():
+    class Numeric:
+        @hookimpl
+        def tiepolicy_claims(self):
+            return 7
+
+    with pytest.raises(PluginError, match="a plugin answered tiepolicy_claims with 7, a int; expected a Claim"):
+        Policy(plugins=[Numeric()]).plan(TiedPair())
+
+
 @pytest.mark.parametrize(("broken", "name"), [([True, False], "Picky"), ([False, True], "Picky-2")])
 def test_of_two_plugins_of_one_class_the_one_that_raises_is_named(broken, name):
     class Picky:

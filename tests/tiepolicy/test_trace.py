@@ -95,4 +95,4 @@ def test_without_the_variable_nothing_stands_between_pluggy_and_the_plugins(valu
     policy = Policy(plugins=[Loom()])
     policy.plan(TiedPair())
     assert "" == capsys.readouterr().err
-    assert pluggy.PluginManager("tiepolicy")._inner_hookexec is policy._manager._inner_hookexec
+    assert pluggy.PluginManager("tiepolicy")._inner_hookexec is policy._plugins.manager._inner_hookexec
