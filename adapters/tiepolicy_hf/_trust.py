@@ -22,7 +22,7 @@ from tiepolicy.files import (
     read_digests,
     read_json,
 )
-from tiepolicy_hf._folder import is_of_model
+from tiepolicy_hf._folder import Weights, is_of_model
 
 CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -58,16 +58,17 @@ def check_folder(folder: Path, *, verify: Verify) -> None:
         )
 
 
-def check_size(plan: TiePlan, num_bytes: int) -> None:
+def check_size(plan: TiePlan, weights: Weights) -> None:
     """Refuse a config of a model far larger than its files, before there is memory for it.
 
     Args:
         plan: Of the model, on the meta device.
-        num_bytes: Size of the files; even packed weights take a bit for each element.
+        weights: The files; even packed weights take a bit for each element.
 
     Raises:
         CheckpointError: If they cannot hold it.
     """
+    num_bytes = sum(file.stat().st_size for file in weights.files)
     num_elements = sum(math.prod(spec.shape) for spec in plan.stored().values())
     if num_elements > 8 * num_bytes:
         raise CheckpointError(

@@ -22,6 +22,7 @@ import tiepolicy_hf
 from hf_zoo import build, entries
 from models import tiny_llama
 from tiepolicy.errors import MissingTensorError
+from tiepolicy.files import read_header
 
 TRIPLE = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight")
 
@@ -53,9 +54,11 @@ def config_of(folder):
 
 
 def without(folder, *names):
-    """Take tensors out of the one weights file of a folder."""
-    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name not in names}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    """Take tensors out of the one weights file of a folder, and leave in it what it notes."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if name not in names}
+    save_file(tensors, file, metadata=read_header(file).metadata)
+    (folder / "digests.json").unlink(missing_ok=True)
 
 
 def set_flags(model, *, top, text):
@@ -149,6 +152,15 @@ def test_a_flag_that_a_class_sets_itself_is_left_to_it(tmp_path):
     assert loaded.shared.weight is loaded.encoder.embed_tokens.weight
 
 
+def test_what_the_plan_in_a_folder_keeps_apart_is_not_filled_from_a_partner_that_the_class_declares(tmp_path):
+    model = tiny_t5()
+    model.lm_head.weight = nn.Parameter(torch.full_like(model.shared.weight, 2.0))
+    tiepolicy_hf.save_pretrained(model, tmp_path / "model")
+    without(tmp_path / "model", "lm_head.weight")
+    with pytest.raises(MissingTensorError, match=r"^lm_head.weight \(32, 8\) is not in"):
+        tiepolicy_hf.from_pretrained(T5ForConditionalGeneration, tmp_path / "model")
+
+
 def test_three_names_stay_one_where_the_fourth_is_apart(tmp_path):
     model = tiny_bart()
     model.lm_head.weight = nn.Parameter(torch.full_like(model.model.shared.weight, 2.0))
@@ -197,6 +209,15 @@ def test_a_tie_that_nobody_declared_is_stored_under_both_names_and_tied_when_loa
     loaded = tiepolicy_hf.from_pretrained(TwoScorers, folder)
     assert loaded.second.weight is loaded.first.weight
     assert torch.equal(model.second.weight, loaded.second.weight)
+
+
+def test_what_a_class_ties_and_the_plan_in_a_folder_keeps_apart_stays_apart(tmp_path):
+    model = TwoScorers(tiny_llama(tie_word_embeddings=False).config)
+    model.second.weight = nn.Parameter(torch.full_like(model.first.weight, 2.0))
+    folder = tiepolicy_hf.save_pretrained(model, tmp_path)
+    loaded = tiepolicy_hf.from_pretrained(TwoScorers, folder)
+    assert torch.equal(model.first.weight, loaded.first.weight)
+    assert {2.0} == set(loaded.second.weight.flatten().tolist())
 
 
 @pytest.mark.survey("E04")
