@@ -196,6 +196,7 @@ class TwoScorers(LlamaForCausalLM):
         self.first = nn.Linear(config.hidden_size, 7, bias=False)
         self.second = nn.Linear(config.hidden_size, 7, bias=False)
         self.second.weight = self.first.weight
+        self.post_init()
 
 
 @pytest.mark.survey("T53")
