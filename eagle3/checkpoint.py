@@ -43,7 +43,7 @@ class Progress:
     Attributes:
         epoch: Epochs completed.
         step: Optimizer steps taken in all.
-        num_seen: Examples seen in the epoch under way, over all processes; 0 at its start.
+        num_seen: Rows seen in the epoch under way, over all processes; 0 at its start.
     """
 
     epoch: int = 0

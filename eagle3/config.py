@@ -58,8 +58,8 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        _require_positive("data.max_length", self.max_length - 1, "must be at least 2")
-        _require_positive("data.num_workers", self.num_workers + 1, "must be at least 0")
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,8 @@ class DraftConfig:
     norm_output: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size"):
-            if getattr(self, name) is not None:
-                _require_positive(f"draft.{name}", getattr(self, name))
-        if not 0 <= self.min_coverage <= 1:
-            raise ConfigError(f"draft.min_coverage is {self.min_coverage}, but must be from 0 to 1.")
+        _require_positive("draft", self, "vocab_size", "hidden_size", "intermediate_size")
+        _require(0 <= self.min_coverage <= 1, "draft.min_coverage", self.min_coverage, "from 0 to 1")
         if self.fc_norm and self.norm_before_fc:
             raise ConfigError(
                 "draft.fc_norm and draft.norm_before_fc are both set, but each norms what the other does: one norms "
@@ -119,8 +116,7 @@ class UnrollConfig:
     lk_decay: float = 3.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "decay", "lk_decay"):
-            _require_positive(f"unroll.{name}", getattr(self, name))
+        _require_positive("unroll", self, "steps", "decay", "lk_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +159,9 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "lr", "max_grad_norm", "log_every"):
-            _require_positive(f"train.{name}", getattr(self, name))
-        if self.validate_every is not None:
-            _require_positive("train.validate_every", self.validate_every)
-        if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}, but must be at least 0 and below 1.")
+        positive = ("epochs", "batch_size", "accumulate", "lr", "max_grad_norm", "validate_every", "log_every")
+        _require_positive("train", self, *positive)
+        _require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", self.warmup_ratio, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +178,8 @@ class ParallelConfig:
     shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.shard_size is None:
-            return
-        _require_positive("parallel.shard_size", self.shard_size)
-        if self.kind != "hybrid":
+        _require_positive("parallel", self, "shard_size")
+        if self.shard_size is not None and self.kind != "hybrid":
             raise ConfigError(
                 f"parallel.shard_size is {self.shard_size}, but parallel.kind is {self.kind}: only hybrid has groups. "
                 "Leave out the one, or set the other to hybrid."
@@ -232,9 +223,7 @@ class CheckpointConfig:
     restore_from: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep_last", "keep_best"):
-            if getattr(self, name) is not None:
-                _require_positive(f"checkpoint.{name}", getattr(self, name))
+        _require_positive("checkpoint", self, "every_steps", "keep_last", "keep_best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +305,13 @@ def _build(kind: type[S], values: Mapping[str, Any]) -> S:
     return kind(**built)
 
 
-def _require_positive(name: str, value: float, demand: str = "must be above 0") -> None:
-    if value <= 0:
-        raise ConfigError(f"{name} is too small: it {demand}.")
+def _require_positive(section: str, settings: object, *names: str) -> None:
+    """Refuses a number of a section that is not above 0; null is fine where it may stand."""
+    for name in names:
+        value = getattr(settings, name)
+        _require(value is None or value > 0, f"{section}.{name}", value, "above 0")
+
+
+def _require(is_met: bool, name: str, value: object, demand: str) -> None:
+    if not is_met:
+        raise ConfigError(f"{name} is {value}, but must be {demand}.")

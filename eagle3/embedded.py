@@ -5,7 +5,6 @@ import json
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from eagle3.conversations import Conversation, load_conversations
 from eagle3.data import Batch, BatchOrder, batches
 from eagle3.tokens import EncodedData, encode
 
-_log = logging.getLogger("eagle3")
+logger = logging.getLogger("eagle3")
 
 _PAD, _START, _END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
@@ -135,25 +134,6 @@ a windmill,machine,turns the wind into useful work,large blades on a shaft,flat 
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaughtTarget:
-    """What teaching did, measured on the conversations that were taught.
-
-    Attributes:
-        loss_before: Mean cross-entropy per token of the assistant, in nats, of the random model.
-        loss_after: The same after teaching.
-        accuracy: Share of the assistant's tokens that the taught model ranks first, 0 to 1.
-        num_parameters: Elements of the model, the tied embedding counted once.
-        vocab_size: Tokens of the tokenizer, and rows of the embedding.
-    """
-
-    loss_before: float
-    loss_after: float
-    accuracy: float
-    num_parameters: int
-    vocab_size: int
-
-
 def write_embedded_conversations(path: str | Path, *, num_conversations: int, seed: int) -> None:
     """Writes a JSONL file of conversations about sums, units, countries, lists and things.
 
@@ -267,7 +247,7 @@ def write_embedded_target(
     num_steps: int = 480,
     vocab_size: int = 2048,
     max_length: int = 256,
-) -> TaughtTarget:
+) -> None:
     """Trains a tokenizer and a small Llama with one tensor for embedding and head, and saves both as one folder.
 
     Args:
@@ -288,18 +268,9 @@ def write_embedded_target(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer))
         pad_id: Any = tokenizer.pad_token_id
-        loss_before, _ = _measure(model, data, pad_id=pad_id)
         _teach_(model, data, seed=seed, num_steps=num_steps, pad_id=pad_id)
-        loss_after, accuracy = _measure(model, data, pad_id=pad_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return TaughtTarget(
-        loss_before=loss_before,
-        loss_after=loss_after,
-        accuracy=accuracy,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        vocab_size=len(tokenizer),
-    )
 
 
 def _train_tokenizer(conversations: list[Conversation], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -352,27 +323,18 @@ def _teach_(model: LlamaForCausalLM, data: EncodedData, *, seed: int, num_steps:
         optimizer, lambda step: min((step + 1) / (0.1 * num_steps), (num_steps - step) / (0.9 * num_steps))
     )
     for step, batch in zip(range(num_steps), stream, strict=False):
-        loss, _ = _loss(model, batch)
+        loss = _loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            _log.info("Teaching the embedded target: step %d of %d, loss %.3f", step, num_steps, loss.item())
+            logger.info("Teaching the embedded target: step %d of %d, loss %.3f", step, num_steps, loss.item())
 
 
-def _loss(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the assistant's tokens, and which of them the model ranks first."""
+def _loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of the assistant's tokens, in nats."""
     hidden = model.model(input_ids=batch.input_ids_BT[:, :-1], use_cache=False).last_hidden_state
     mask = batch.loss_mask_BT[:, 1:]
-    logits, labels = model.lm_head(hidden[mask]), batch.input_ids_BT[:, 1:][mask]
-    return functional.cross_entropy(logits, labels), logits.argmax(-1) == labels
-
-
-@torch.no_grad()
-def _measure(model: LlamaForCausalLM, data: EncodedData, *, pad_id: int) -> tuple[float, float]:
-    """Loss and accuracy on one fixed batch."""
-    order = BatchOrder(len(data.examples), batch_size=min(64, len(data.examples)), rank=0, world_size=1, seed=0)
-    loss, hits = _loss(model, next(batches(data, order=order, epoch=0, pad_id=pad_id)))
-    return loss.item(), hits.float().mean().item()
+    return functional.cross_entropy(model.lm_head(hidden[mask]), batch.input_ids_BT[:, 1:][mask])

@@ -19,7 +19,7 @@ from eagle3.errors import ConfigError
 from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data
 from eagle3.sizes import ASSUMED, Supervision
-from eagle3.speed import ATTENTION, DEVICES, PRODUCTS
+from eagle3.speed import ATTENTION, DEVICES, FP8, PRODUCTS
 from eagle3.terminal import say, show, waiting
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 from tiepolicy import format_bytes
@@ -205,7 +205,7 @@ def _assumptions(config: EstimateConfig, result: Estimate) -> Iterator[str]:
     source = "as measured" if device.is_measured else "as measured on an NVIDIA H200"
     yield f"{PRODUCTS:.0%} of the peak in products and {ATTENTION:.0%} in attention ({source})."
     if config.train.fp8:
-        yield "Products in FP8 are counted as in bfloat16: less time, and some more memory, is to be expected."
+        yield f"Products in FP8 {FP8:g} times as fast as in bfloat16 ({source})."
     yield "Memory is what torch allocates at most; CUDA and its libraries take up to 1 GB beside it."
     yield "Left out of the time: data, exchange between devices, validation, checkpoints."
 

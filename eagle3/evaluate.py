@@ -13,11 +13,12 @@ from transformers import GenerationConfig
 
 from eagle3.commands import EvaluateConfig
 from eagle3.conversations import load_conversations
+from eagle3.description import end_ids
 from eagle3.draft import Draft
 from eagle3.errors import DataError
 from eagle3.files import write_in_run
 from eagle3.finished import TrainedDraft, open_run
-from eagle3.loss import StepCounts
+from eagle3.loss import StepCounts, ratios
 from eagle3.speculate import Greedy, Limits, Rule, Sampled, Written, random_choice, write_with_draft
 from eagle3.target import FrozenTarget
 from eagle3.terminal import show, watched
@@ -115,7 +116,9 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
     data = config.data or trained.config.data.validation or trained.config.data.train
     prompts = list(_prompts(data, target, limit=config.num_prompts))
     num_drafted = config.num_drafted or trained.config.unroll.steps
-    limits = Limits(num_drafted=num_drafted, max_new_tokens=config.max_new_tokens, stop_ids=_stop_ids(target))
+    # The tokens at which the target's own `generate` stops.
+    stop_ids = frozenset(end_ids(target.model.generation_config))
+    limits = Limits(num_drafted=num_drafted, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids)
     writers = _Writers(target, draft, limits, config)
     greedy_alone = _timed(writers.alone_greedy, prompts, "greedy answers of the target")
     greedy = _timed(writers.greedy, prompts, "greedy answers with the draft")
@@ -123,7 +126,7 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
         torch.manual_seed(config.seed)
         sampled_alone = _timed(writers.alone_sampled, prompts, "sampled answers of the target")
     sampled = _timed(writers.sampled, prompts, "sampled answers with the draft")
-    own = [list(ids) for ids in greedy_alone.results]
+    own: list[list[int]] = greedy_alone.results
     counts = _simulate(target, draft, prompts, own, num_steps=num_drafted)
     different = [n for n, ids in enumerate(own) if tuple(ids) != greedy.results[n].ids]
     return Evaluation(
@@ -133,9 +136,9 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
         num_drafted=num_drafted,
         temperature=config.temperature,
         simulated=counts.accept_length(),
-        simulated_by_depth=_shares(counts.chain_hits.tolist(), counts.chain_rows.tolist()),
-        greedy=_decoding(greedy, _rate(greedy_alone, len), num_drafted),
-        sampled=_decoding(sampled, _rate(sampled_alone, len), num_drafted),
+        simulated_by_depth=tuple(counts.accepted()),
+        greedy=_decoding(greedy, greedy_alone, num_drafted),
+        sampled=_decoding(sampled, sampled_alone, num_drafted),
         num_identical=len(prompts) - len(different),
         difference=_difference(target, prompts, own, greedy.results, different[0]) if different else None,
     )
@@ -237,29 +240,21 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def _rate(timed: _Timed, count: Callable[[Any], int]) -> float:
-    return sum(map(count, timed.results)) / timed.seconds
-
-
-def _decoding(timed: _Timed, alone: float, num_drafted: int) -> Decoding:
+def _decoding(timed: _Timed, alone: _Timed, num_drafted: int) -> Decoding:
     written: list[Written] = timed.results
     chains = [chain for text in written for chain in zip(text.drafted, text.accepted, strict=True)]
     num_tokens = sum(len(text.ids) for text in written)
     reached = [sum(drafted > depth for drafted, _ in chains) for depth in range(num_drafted)]
     stood = [sum(accepted > depth for _, accepted in chains) for depth in range(num_drafted)]
-    by_depth = _shares(stood, reached)
+    by_depth = tuple(ratios(stood, reached))
     return Decoding(
         accept_length=sum(by_depth),
         by_depth=by_depth,
         tokens_per_pass=num_tokens / sum(text.num_passes for text in written),
         num_tokens=num_tokens,
         tokens_per_second=num_tokens / timed.seconds,
-        tokens_per_second_alone=alone,
+        tokens_per_second_alone=sum(map(len, alone.results)) / alone.seconds,
     )
-
-
-def _shares(parts: Sequence[int], wholes: Sequence[int]) -> tuple[float, ...]:
-    return tuple(part / whole if whole else 0.0 for part, whole in zip(parts, wholes, strict=True))
 
 
 def _prompts(path: str, target: FrozenTarget, *, limit: int) -> Iterator[list[int]]:
@@ -276,13 +271,6 @@ def _prompts(path: str, target: FrozenTarget, *, limit: int) -> Iterator[list[in
         yield tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     if not num_found:
         raise DataError(f"No conversation in {path} has an answer behind a question. Give --data with prompts.")
-
-
-def _stop_ids(target: FrozenTarget) -> frozenset[int]:
-    """The tokens at which the target's own `generate` stops."""
-    settings: Any = target.model.generation_config
-    stop = settings.eos_token_id
-    return frozenset([stop] if isinstance(stop, int) else stop or [])
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def naming_disk_errors(place: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{place} cannot be written: {reason(error)}. Free some space or choose another --out."
+            f"{place} cannot be written: {reason(error)}. Free some space or choose another folder."
         ) from error
 
 

@@ -32,7 +32,7 @@ from eagle3.teacher import Teacher
 from eagle3.unroll import UnrollResult
 
 #: Pairs whose logits exist at a time. Larger gains nothing and costs memory (8192 pairs of 32000 logits: 0.5 GB).
-_CHUNK = 8192
+CHUNK = 8192
 
 
 class FusedStep:
@@ -207,8 +207,8 @@ class FusedStep:
         loss_P = torch.empty_like(weight_P)
         argmax_P = torch.empty_like(plan.teacher_P)
         lse_M = teacher.lse_M if teacher.lse_M is not None else row_stats(teacher.logits_MD).lse_M
-        for start in range(0, len(weight_P), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        for start in range(0, len(weight_P), CHUNK):
+            chunk = slice(start, start + CHUNK)
             logits_CD = head.logits(chunk)
             grad_CD = head.grad_place(logits_CD)
             soft_cross_entropy_(

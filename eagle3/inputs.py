@@ -20,7 +20,6 @@ from eagle3.vocab import DraftVocab, draft_vocab, require_coverage
 
 logger = logging.getLogger("eagle3")
 
-
 #: Gives config, tokenizer, embedding, head, and the states of a batch.
 Target = FrozenTarget | CachedTarget
 

@@ -6,6 +6,7 @@ steps, N rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
@@ -44,6 +45,9 @@ class Objective:
 
 SOFT_CROSS_ENTROPY = Objective()
 
+#: Pairs whose logits exist at a time.
+CHUNK = 2048
+
 
 def head_loss(
     states_PH: Tensor,
@@ -54,7 +58,7 @@ def head_loss(
     *,
     objective: Objective = SOFT_CROSS_ENTROPY,
     mass_M: Tensor | None = None,
-    chunk_size: int = 2048,
+    chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Sums the weighted losses of pairs of draft and teacher.
 
@@ -224,11 +228,11 @@ class StepCounts:
 
     def accuracy(self) -> list[float]:
         """Returns hits / supervised per step; 0 where nothing is supervised."""
-        return _ratios(self.hits, self.supervised)
+        return ratios(self.hits.tolist(), self.supervised.tolist())
 
     def accepted(self) -> list[float]:
         """Returns chain_hits / chain_rows per step: how often a greedy chain is accepted up to it; 0 without rows."""
-        return _ratios(self.chain_hits, self.chain_rows)
+        return ratios(self.chain_hits.tolist(), self.chain_rows.tolist())
 
     def accept_length(self) -> float:
         """Returns how many tokens of a greedy chain of S drafts the target accepts on average, from 0 to S.
@@ -238,5 +242,6 @@ class StepCounts:
         return sum(self.accepted())
 
 
-def _ratios(parts: Tensor, wholes: Tensor) -> list[float]:
-    return [part / whole if whole else 0.0 for part, whole in zip(parts.tolist(), wholes.tolist(), strict=True)]
+def ratios(parts: Sequence[int], wholes: Sequence[int]) -> list[float]:
+    """Divides each part by its whole; 0 where there is nothing."""
+    return [part / whole if whole else 0.0 for part, whole in zip(parts, wholes, strict=True)]

@@ -1,11 +1,8 @@
 """Step 48: the memory of one device in a training step, by what it is for."""
 
+from eagle3 import fused, loss, teacher
 from eagle3.sizes import StepSizes
 
-#: Pairs whose logits exist at a time in the fused step, rows of full-vocabulary logits of its teacher, and both under
-#: autograd.
-_HEAD_CHUNK, _TEACHER_CHUNK = 8192, 2048
-_AUTOGRAD_HEAD_CHUNK, _AUTOGRAD_TEACHER_CHUNK = 2048, 1024
 #: What autograd keeps for the backward pass, times what the fused step keeps; measured.
 _AUTOGRAD = 3.85
 
@@ -41,21 +38,20 @@ def batch_bytes(sizes: StepSizes, *, is_fused: bool, compute: int, target: int) 
     """
     kept = compute * _kept_elements(sizes)
     logits = target * sizes.num_teachers * sizes.draft_vocab
+    states = {"states of the target": 4 * sizes.num_tokens * sizes.target_hidden * target}
     if is_fused:
-        scoring = compute * min(_HEAD_CHUNK, sizes.num_pairs) * sizes.draft_vocab
+        scoring = compute * min(fused.CHUNK, sizes.num_pairs) * sizes.draft_vocab
         # The gradients come when the logits are gone.
-        return {
-            "states of the target": 4 * sizes.num_tokens * sizes.target_hidden * target,
+        return states | {
             "activations of the draft": kept,
             "logits of the target": logits,
             "chunk of logits, or gradients": max(scoring, _backward_bytes(sizes, compute)),
         }
     # The largest of three in float32: logits, target's distribution, gradient.
-    scoring = 12 * min(_AUTOGRAD_HEAD_CHUNK, sizes.num_pairs) * sizes.draft_vocab
-    return {
-        "states of the target": 4 * sizes.num_tokens * sizes.target_hidden * target,
+    scoring = 12 * min(loss.CHUNK, sizes.num_pairs) * sizes.draft_vocab
+    return states | {
         "activations of the draft": round(_AUTOGRAD * kept),
-        "logits of the target": logits + target * min(_AUTOGRAD_TEACHER_CHUNK, sizes.num_teachers) * sizes.vocab,
+        "logits of the target": logits + target * min(teacher.CHUNK, sizes.num_teachers) * sizes.vocab,
         "chunk of logits": scoring,
     }
 

@@ -168,11 +168,11 @@ class MetricsLog:
                 config=asdict(self.config),
             )
 
-    def train(self, measurement: Measurement, *, step: int, epoch: int, **numbers: float) -> None:
+    def log_training(self, measurement: Measurement, *, step: int, epoch: int, **numbers: float) -> None:
         """Writes one line of training, with further numbers such as the learning rate."""
         self._write(METRICS, "train", measurement, step=step, epoch=epoch, numbers=numbers)
 
-    def validation(self, measurement: Measurement, *, step: int, epoch: int) -> None:
+    def log_validation(self, measurement: Measurement, *, step: int, epoch: int) -> None:
         """Writes one look at the validation data."""
         self._write(VALIDATION, "validation", measurement, step=step, epoch=epoch, numbers={})
 

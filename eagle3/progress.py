@@ -61,7 +61,7 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, total=num_steps)
 
-    def train(
+    def show_training(
         self, measurement: Measurement, *, epoch: int, step: int, num_steps: int, lr: float, speed: float
     ) -> None:
         """Shows the means since the last line.
@@ -87,7 +87,7 @@ class Display:
             *(self.depth, lr, speed),
         )
 
-    def validation(self, measurement: Measurement, *, step: int) -> None:
+    def show_validation(self, measurement: Measurement, *, step: int) -> None:
         """Shows a look at the validation data."""
         logger.info(
             "validation at step %d: loss %.4f, accuracy %s, accept length %.2f of %d",

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from eagle3.kernels.soft_ce import row_stats
 
+#: Rows of full-vocabulary logits that exist at a time, and as many of the logits outside the draft vocabulary.
+CHUNK, _CHUNK_OF_OTHERS = 1024, 2048
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
@@ -33,7 +36,7 @@ class Teacher:
 
 @torch.no_grad()
 def teach(
-    hidden_ME: Tensor, head_VE: Tensor, draft_ids_D: Tensor, *, with_mass: bool = False, chunk_size: int = 1024
+    hidden_ME: Tensor, head_VE: Tensor, draft_ids_D: Tensor, *, with_mass: bool = False, chunk_size: int = CHUNK
 ) -> Teacher:
     """Runs the target's head and keeps of its logits only the draft's rows and the argmax.
 
@@ -47,25 +50,21 @@ def teach(
     Returns:
         The teacher, on the device of the hidden states and outside any graph.
     """
-    # What the target says is computed as the target itself does, whatever the draft computes in.
-    with torch.autocast(hidden_ME.device.type, enabled=False):
-        return _teach(hidden_ME, head_VE, draft_ids_D, with_mass=with_mass, chunk_size=chunk_size)
-
-
-def _teach(hidden_ME: Tensor, head_VE: Tensor, draft_ids_D: Tensor, *, with_mass: bool, chunk_size: int) -> Teacher:
     num_rows = len(hidden_ME)
     logits_MD = hidden_ME.new_empty((num_rows, len(draft_ids_D)))
     argmax_M = draft_ids_D.new_empty(num_rows)
     precise = torch.promote_types(torch.float32, hidden_ME.dtype)
     mass_M = hidden_ME.new_empty(num_rows if with_mass else 0, dtype=precise)
-    for start in range(0, num_rows, chunk_size):
-        chunk = slice(start, start + chunk_size)
-        logits_CV = hidden_ME[chunk] @ head_VE.T
-        logits_MD[chunk] = logits_CV[:, draft_ids_D]
-        argmax_M[chunk] = logits_CV.argmax(dim=-1)
-        if with_mass:
-            of_draft_C = logits_MD[chunk].to(precise).logsumexp(dim=-1)
-            mass_M[chunk] = (of_draft_C - logits_CV.to(precise).logsumexp(dim=-1)).exp()
+    # What the target says is computed as the target itself does, whatever the draft computes in.
+    with torch.autocast(hidden_ME.device.type, enabled=False):
+        for start in range(0, num_rows, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits_CV = hidden_ME[chunk] @ head_VE.T
+            logits_MD[chunk] = logits_CV[:, draft_ids_D]
+            argmax_M[chunk] = logits_CV.argmax(dim=-1)
+            if with_mass:
+                of_draft_C = logits_MD[chunk].to(precise).logsumexp(dim=-1)
+                mass_M[chunk] = (of_draft_C - logits_CV.to(precise).logsumexp(dim=-1)).exp()
     in_draft_V = torch.zeros(len(head_VE), dtype=torch.bool, device=argmax_M.device)
     in_draft_V[draft_ids_D] = True
     return Teacher(
@@ -82,10 +81,9 @@ class TeacherHead:
     Args:
         head_VE: The target's head; copied, in another order.
         draft_ids_D: int64, ascending, the target's token id of each draft token.
-        chunk_size: Rows for which logits outside the draft vocabulary exist at a time.
     """
 
-    def __init__(self, head_VE: Tensor, draft_ids_D: Tensor, *, chunk_size: int = 2048) -> None:
+    def __init__(self, head_VE: Tensor, draft_ids_D: Tensor) -> None:
         device = head_VE.device
         outside_V = torch.ones(len(head_VE), dtype=torch.bool, device=device)
         outside_V[draft_ids_D.to(device)] = False
@@ -93,7 +91,6 @@ class TeacherHead:
         self._other_ids = outside_V.nonzero().squeeze(1)
         self._draft_DE = head_VE[self._draft_ids_D]
         self._others_E = head_VE[self._other_ids]
-        self._chunk_size = chunk_size
         self._in_draft_V = ~outside_V
 
     @torch.no_grad()
@@ -103,8 +100,8 @@ class TeacherHead:
         stats = row_stats(logits_MD)
         argmax_M = self._draft_ids_D[stats.argmax_M]
         in_vocab_M = torch.ones_like(argmax_M, dtype=torch.bool)
-        for start in range(0, len(hidden_ME) if len(self._other_ids) else 0, self._chunk_size):
-            chunk = slice(start, start + self._chunk_size)
+        for start in range(0, len(hidden_ME) if len(self._other_ids) else 0, _CHUNK_OF_OTHERS):
+            chunk = slice(start, start + _CHUNK_OF_OTHERS)
             others = row_stats(hidden_ME[chunk] @ self._others_E.T)
             other_ids = self._other_ids[others.argmax_M]
             # Of equal logits the lowest id counts, wherever it stands.

@@ -151,10 +151,7 @@ def kept_tokens(
 
 
 def _file_name(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
-    return f"tokens-{_token_key(Path(path), tokenizer, max_length=max_length)[:32]}.safetensors"
-
-
-def _token_key(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
+    path = Path(path)
     sha = hashlib.sha256(f"{_VERSION} {max_length} {tokenizer_digest(tokenizer)} {path.suffix}".encode())
     try:
         with path.open("rb") as file:
@@ -164,7 +161,7 @@ def _token_key(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: in
         raise DataError(
             f"{path} cannot be read: {error.strerror}. Give the path of a JSONL or Parquet file."
         ) from error
-    return sha.hexdigest()
+    return f"tokens-{sha.hexdigest()[:32]}.safetensors"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -178,17 +178,10 @@ class _Run:
 
     def _log(self, result: StepResult) -> None:
         progress, sums = self.state.progress, self.sums
-        measurement, speed = sums.measure(loss_is_global=True), sums.tokens_per_second()
-        step, epoch = progress.step, progress.epoch + 1
-        self.display.train(measurement, epoch=epoch, step=step, num_steps=self.num_steps, lr=result.lr, speed=speed)
-        self.metrics.train(
-            measurement,
-            step=step,
-            epoch=epoch,
-            lr=result.lr,
-            grad_norm=float(result.norm),
-            tokens_per_second=speed,
-        )
+        measurement, speed, lr = sums.measure(loss_is_global=True), sums.tokens_per_second(), result.lr
+        place = {"epoch": progress.epoch + 1, "step": progress.step}
+        self.display.show_training(measurement, **place, num_steps=self.num_steps, lr=lr, speed=speed)
+        self.metrics.log_training(measurement, **place, lr=lr, grad_norm=float(result.norm), tokens_per_second=speed)
         self.sums = Sums(self.config.unroll.steps, self.ranks)
 
     @torch.no_grad()
@@ -203,8 +196,8 @@ class _Run:
             sums.add(loss_and_weight, result.counts, batch.input_ids_BT.numel())
         measurement = sums.measure(loss_is_global=False)
         progress = self.state.progress
-        self.display.validation(measurement, step=progress.step)
-        self.metrics.validation(measurement, step=progress.step, epoch=progress.epoch + 1)
+        self.display.show_validation(measurement, step=progress.step)
+        self.metrics.log_validation(measurement, step=progress.step, epoch=progress.epoch + 1)
         return measurement
 
     def _say_stopped(self) -> None:

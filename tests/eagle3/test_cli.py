@@ -40,10 +40,10 @@ def test_options_win_over_the_file(world, tmp_path, capfd):
         ),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl cannot be read: No such file or directory"),
         (["--draft.vocab_size", "601"], "draft.vocab_size is 601, but it must be at least"),
-        (["--draft.vocab_size", "0"], "draft.vocab_size is too small: it must be above 0"),
+        (["--draft.vocab_size", "0"], "draft.vocab_size is 0, but must be above 0"),
         (["--target.layers", "[3,2,1]"], "target.layers is [3, 2, 1], but it must be three ascending ids"),
         (["--train.warmup_ratio", "1.5"], "train.warmup_ratio is 1.5, but must be at least 0 and below 1"),
-        (["--data.max_length", "1"], "data.max_length is too small: it must be at least 2"),
+        (["--data.max_length", "1"], "data.max_length is 1, but must be at least 2"),
         (["--checkpoint.restore_from", "LATEST"], "draft_config.json cannot be read"),
     ],
 )

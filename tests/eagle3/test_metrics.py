@@ -49,8 +49,8 @@ def test_without_anything_supervised_all_means_are_zero():
 
 def test_a_line_of_json_per_measurement(tmp_path):
     metrics = opened(tmp_path, tensorboard=False)
-    metrics.train(MEASUREMENT, step=1, epoch=1, lr=0.5)
-    metrics.validation(MEASUREMENT, step=1, epoch=1)
+    metrics.log_training(MEASUREMENT, step=1, epoch=1, lr=0.5)
+    metrics.log_validation(MEASUREMENT, step=1, epoch=1)
     metrics.close()
     numbers = {"loss": 2.5, "accuracy": [0.5, 0.25], "accepted": [0.5, 0.125], "accept_length": 0.625}
     expected = {"step": 1, "epoch": 1, **numbers}
@@ -62,10 +62,10 @@ def test_a_line_of_json_per_measurement(tmp_path):
 def test_a_resumed_run_replaces_what_was_written_of_the_steps_it_takes_again(tmp_path):
     first = opened(tmp_path)
     for step in (1, 2, 3):
-        first.train(MEASUREMENT, step=step, epoch=1, lr=0.5)
+        first.log_training(MEASUREMENT, step=step, epoch=1, lr=0.5)
     first.close()
     second = opened(tmp_path, step=1)
-    second.train(MEASUREMENT, step=2, epoch=1, lr=0.25)
+    second.log_training(MEASUREMENT, step=2, epoch=1, lr=0.25)
     second.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(1, 0.5), (2, 0.25)] == [(line["step"], line["lr"]) for line in lines]
@@ -75,8 +75,8 @@ def test_a_resumed_run_replaces_what_was_written_of_the_steps_it_takes_again(tmp
 
 def test_tensorboard_has_every_number_under_its_own_name(tmp_path):
     metrics = opened(tmp_path)
-    metrics.train(MEASUREMENT, step=4, epoch=1, lr=0.5)
-    metrics.validation(MEASUREMENT, step=4, epoch=1)
+    metrics.log_training(MEASUREMENT, step=4, epoch=1, lr=0.5)
+    metrics.log_validation(MEASUREMENT, step=4, epoch=1)
     metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     names = ["loss", "accuracy/1", "accuracy/2", "accepted/1", "accepted/2", "accept_length"]
@@ -95,7 +95,7 @@ def test_wandb_without_its_package_is_one_sentence(tmp_path):
 def show(console):
     with Display(ALONE, depth=2, console=console) as display:
         display.advance(step=3, num_steps=12)
-        display.train(MEASUREMENT, epoch=1, step=3, num_steps=12, lr=0.5, speed=1234.5)
+        display.show_training(MEASUREMENT, epoch=1, step=3, num_steps=12, lr=0.5, speed=1234.5)
 
 
 def test_a_terminal_shows_a_bar_with_the_numbers(caplog):
