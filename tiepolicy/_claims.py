@@ -2,11 +2,20 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NoReturn
 
 from tiepolicy.errors import TiePolicyError
 
 
-class Source(StrEnum):
+class _Word(StrEnum):
+    """One of a few words."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        raise ValueError(f"{value!r} is no {cls.__name__}; it is one of {', '.join(cls)}")
+
+
+class Source(_Word):
     """Where a claim comes from."""
 
     STORAGE = "storage"
@@ -47,7 +56,7 @@ class Claim:
         return [Claim((self.names[0], other), self.source, self.detail) for other in self.names[1:]]
 
 
-class Reason(StrEnum):
+class Reason(_Word):
     """Why a claim was accepted or refused."""
 
     SAME_OBJECT = "same-object"

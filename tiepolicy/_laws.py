@@ -19,7 +19,7 @@ from tiepolicy._plan import TiePlan
 from tiepolicy._policy import Policy
 from tiepolicy._rules import tiepolicy_claims as storage_claims
 from tiepolicy._values import first_difference
-from tiepolicy.errors import TiePolicyError
+from tiepolicy.errors import PluginError, TiePolicyError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +71,10 @@ class _Claimant:
 
 
 def _implements_hooks(trial: Trial) -> str | None:
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
     try:
-        manager.register(trial.plugin)
-        manager.check_pending()
-    except (pluggy.PluginValidationError, ValueError) as error:
-        return str(error).replace("\n", ": ")
-    if not manager.get_hookcallers(trial.plugin):
-        return "it implements no hook; mark its functions with @tiepolicy.hookimpl"
+        Policy(plugins=[trial.plugin])
+    except PluginError as error:
+        return str(error)
     return None
 
 

@@ -36,6 +36,9 @@ class Plugins:
 
     Args:
         plugins: Objects or modules that implement hooks.
+
+    Raises:
+        PluginError: If one would never answer.
     """
 
     def __init__(self, plugins: Iterable[object]) -> None:
@@ -46,7 +49,7 @@ class Plugins:
             _trace.trace(self.manager)
         self.manager.register(_rules, name="built-in rules")
         for plugin in plugins:
-            self.manager.register(plugin, name=self._free_name(plugin))
+            self._register(plugin)
 
     def load_installed(self) -> None:
         """Add those that are published in the entry point group.
@@ -118,6 +121,19 @@ class Plugins:
                 f"{[implementation.plugin_name for implementation in hook.get_hookimpls()]}"
             )
         return answer
+
+    def _register(self, plugin: object) -> None:
+        """Add a plugin that was handed over; one that would never answer is a mistake of whoever did."""
+        name = self._free_name(plugin)
+        if isinstance(plugin, type):
+            raise PluginError(f"the plugin {name} is a class; hand over an object of it, {name}()")
+        try:
+            self.manager.register(plugin, name=name)
+            self.manager.check_pending()
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(f"the plugin {name} cannot be asked: {'; '.join(str(error).splitlines())}") from error
+        if not self.manager.get_hookcallers(plugin):
+            raise PluginError(f"the plugin {name} implements no hook; mark its functions with @tiepolicy.hookimpl")
 
     def _free_name(self, plugin: object) -> str:
         """What errors and traces call a plugin: pluggy's own name for an object is a number."""

@@ -50,7 +50,11 @@ class Policy:
         'decoder.out'
 
     Args:
-        plugins: Objects or modules that implement hooks of `tiepolicy.hookspecs`.
+        plugins: Objects or modules that implement hooks of `tiepolicy.hookspecs`. No others are asked: installed ones
+            belong to `Policy.from_entry_points()`, which is the default policy.
+
+    Raises:
+        PluginError: If one implements no hook, one that does not exist, or one with arguments that it has not.
     """
 
     def __init__(self, plugins: Iterable[object] = ()) -> None:

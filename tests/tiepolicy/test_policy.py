@@ -229,6 +229,43 @@ def test_of_two_plugins_of_one_class_the_one_that_raises_is_named(broken, name):
         Policy(plugins=[Picky(is_broken) for is_broken in broken]).plan(TiedPair())
 
 
+class Correct:
+    @hookimpl
+    def tiepolicy_claims(self):
+        return [Claim(("embed.weight", "head.weight"), "declared")]
+
+
+class Misspelt:
+    @hookimpl
+    def tiepolicy_claim(self):
+        return []
+
+
+class OtherArguments:
+    @hookimpl
+    def tiepolicy_claims(self, weights):
+        return [weights]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (Correct, r"the plugin Correct is a class; hand over an object of it, Correct\(\)"),
+        (Misspelt(), "the plugin Misspelt cannot be asked: unknown hook 'tiepolicy_claim'"),
+        (OtherArguments(), "the plugin OtherArguments cannot be asked: .*'weights'"),
+        ("correct", "the plugin str implements no hook; mark its functions with @tiepolicy.hookimpl"),
+    ],
+)
+def test_a_plugin_that_would_never_answer_is_refused_when_it_is_handed_over(plugin, message):
+    with pytest.raises(PluginError, match=message):
+        Policy(plugins=[plugin])
+
+
+def test_a_source_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match="'config' is no Source; it is one of storage, declared, user"):
+        Claim(("embed.weight", "head.weight"), "config")
+
+
 def test_an_answer_of_the_wrong_type_is_refused():
     class Wordy:
         @hookimpl

@@ -176,7 +176,7 @@ IMPLEMENTS, TYPES, CHANGES, ABSENT, SHAPES, EVIDENCE, BYTES, ORDER = (law for la
 @pytest.mark.parametrize(
     ("plugin", "law", "problem"),
     [
-        (Hookless, IMPLEMENTS, "it implements no hook; mark its functions with @tiepolicy.hookimpl"),
+        (Hookless, IMPLEMENTS, "the plugin Hookless implements no hook; mark its functions with @tiepolicy.hookimpl"),
         (Misspelt, IMPLEMENTS, "unknown hook 'tiepolicy_claim'"),
         (OtherArguments, IMPLEMENTS, "'weights'"),
         (Raises, TYPES, "a hook raised AttributeError"),
