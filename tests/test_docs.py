@@ -13,6 +13,7 @@ from tiepolicy._cli import main
 from torchrun import torchrun
 
 ROOT = Path(__file__).parents[1]
+PLUGIN = ROOT / "examples" / "plugin"
 GUIDES = ["cli", "concepts", "dcp", "fsdp2", "huggingface", "index", "migration", "plugins"]
 PAGES = ["README.md", *(f"docs/{name}.md" for name in GUIDES)]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -53,9 +54,10 @@ def check_command(command, expected):
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(PLUGIN / "src")
     namespace, output = {}, ""
     for language, text in blocks(page):
-        if language == "python":
+        if language == "python" and not text.startswith(("# src/", "# tests/")):
             output = printed(lambda text=text: exec(compile(text, page, "exec"), namespace))
         elif language == "text":
             assert text == output
@@ -97,7 +99,8 @@ def test_the_picture_on_a_page_is_that_of_its_model(page, name, picture, tmp_pat
     assert (ROOT / "docs" / "pictures" / picture).read_text() == tiepolicy.plan(namespace[name]).to_svg()
 
 
-def test_the_entry_point_on_the_page_is_that_of_the_example():
-    shown = [text for language, text in blocks("docs/plugins.md") if language == "toml"]
-    example = (ROOT / "examples" / "plugin" / "pyproject.toml").read_text()
-    assert [True] == [text in example for text in shown]
+def test_the_files_on_the_page_of_plugins_are_those_of_the_example():
+    shown = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs" / "plugins.md").read_text(), re.DOTALL))
+    shown["pyproject.toml"] = dict(blocks("docs/plugins.md"))["toml"]
+    assert {path: (PLUGIN / path).read_text() for path in shown} == shown
+    assert 4 == len(shown)

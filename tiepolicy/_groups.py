@@ -62,7 +62,7 @@ class Companion(NamedTuple):
     of: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} tells the rows of {' and '.join(self.of)}"
+        return f"{self.name} is needed to use {' and '.join(self.of)}"
 
 
 def holds(group: TieGroup, alias: Alias, facts: Facts) -> bool:

@@ -189,9 +189,9 @@ def _check_companions(plan: TiePlan, saved: TiePlan) -> None:
         resolution = plan.resolver(missing)
         if resolution is None or resolution.way is not Way.LEAVE:
             raise MissingTensorError(
-                f"the checkpoint holds {missing.name} {missing.spec.shape}, which tells the rows of "
-                f"{' and '.join(needed_by)}, and the model has no tensor of that name: it would load them and mean "
-                "something else by each row. Nothing was loaded. Build the model with it, as a persistent buffer",
+                f"the checkpoint holds {missing.name} {missing.spec.shape}, which is needed to use "
+                f"{' and '.join(needed_by)}, and the model has no tensor of that name. Nothing was loaded. Build the "
+                "model with it, as a persistent buffer",
                 names=[missing.name, *needed_by],
             )
 

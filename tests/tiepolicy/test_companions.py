@@ -62,9 +62,8 @@ def test_a_model_without_a_place_for_the_map_is_refused():
     with pytest.raises(MissingTensorError) as caught:
         reconcile(tiepolicy.plan(draft()), tiepolicy.plan(draft("d2t")))
     expected = (
-        "the checkpoint holds d2t (8,), which tells the rows of lm_head.weight, and the model has no tensor of that "
-        "name: it would load them and mean something else by each row. Nothing was loaded. Build the model with it, as "
-        "a persistent buffer"
+        "the checkpoint holds d2t (8,), which is needed to use lm_head.weight, and the model has no tensor of that "
+        "name. Nothing was loaded. Build the model with it, as a persistent buffer"
     )
     assert (expected, ("d2t", HEAD)) == (str(caught.value), caught.value.names)
 
@@ -122,7 +121,7 @@ def test_companions_survive_the_manifest():
 
 
 def test_the_table_names_companions():
-    assert str(tiepolicy.plan(draft("d2t"))).endswith("companions\n  d2t tells the rows of lm_head.weight")
+    assert str(tiepolicy.plan(draft("d2t"))).endswith("companions\n  d2t is needed to use lm_head.weight")
 
 
 @pytest.mark.parametrize(
