@@ -74,12 +74,11 @@ def _resolve(model: nn.Module, blocks: Iterable[Block | Sequence[Block]]) -> lis
     taken = {id(model)}
     units: list[list[nn.Module]] = []
     for block in blocks:
-        alone = isinstance(block, str) or not isinstance(block, Sequence)
-        parts = [block] if isinstance(block, str) or not isinstance(block, Sequence) else block
+        parts = block if isinstance(block, Sequence) and not isinstance(block, str) else [block]
         found = [module for part in parts for module in _matches(model, part, at, paths)]
         fresh = [module for module in dict.fromkeys(found) if id(module) not in taken]
         taken |= {id(module) for module in fresh}
-        units += [[module] for module in fresh] if alone else [fresh]
+        units += [fresh] if parts is block else [[module] for module in fresh]
     position = {module: index for index, module in enumerate(paths)}
     return sorted((unit for unit in units if unit), key=lambda unit: min(position[id(module)] for module in unit))
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -141,7 +140,7 @@ def _check_optimizer(optimizer: Optimizer, live: dict[str, nn.Parameter], step: 
         for parameter in group["params"]:
             if id(parameter) not in alive:
                 raise BrokenTieError(
-                    f"the optimizer holds a parameter {_shape(parameter)} in group {index} that is not in the "
+                    f"the optimizer holds a parameter {tuple(parameter.shape)} in group {index} that is not in the "
                     f"model{_after(step)}: it was replaced after the optimizer was built and is trained for nothing. "
                     "Build the optimizer last"
                 )
@@ -157,7 +156,3 @@ def _check_optimizer(optimizer: Optimizer, live: dict[str, nn.Parameter], step: 
 
 def _after(step: str) -> str:
     return f" after {step}" if step else ""
-
-
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)

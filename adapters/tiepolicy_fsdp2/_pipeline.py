@@ -3,14 +3,14 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tiepolicy import TiePlan, content_digest
+from tiepolicy import Keep, TiePlan, content_digest
 from tiepolicy_fsdp2._kept import places
 from tiepolicy_fsdp2._ranks import gathered
 from tiepolicy_fsdp2.errors import MissingTensorError, ShardingError, TieConflictError
@@ -52,7 +52,7 @@ def tie_stages(
     *,
     plan: TiePlan,
     group: dist.ProcessGroup | None = None,
-    keep: Literal["canonical"] | None = None,
+    keep: Keep | None = None,
 ) -> StageTies:
     """Find the ties that cross between stages. Called by all ranks of a pipeline, after loading, before training.
 

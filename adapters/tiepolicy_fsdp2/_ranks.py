@@ -31,10 +31,14 @@ def gathered(find: Callable[[], T], groups: Sequence[dist.ProcessGroup | None]) 
         of_ranks = [known] * dist.get_world_size(group)
         dist.all_gather_object(of_ranks, known, group=group)
         known = {rank: found for ranks in of_ranks for rank, found in ranks.items()}
-    failures = [error for _, (_, error) in sorted(known.items(), key=lambda item: item[0]) if error is not None]
-    if failures:
-        raise failures[0]
-    return {rank: found for rank, (found, _) in sorted(known.items(), key=lambda item: item[0]) if found is not None}
+    results: dict[int, T] = {}
+    for rank in sorted(known):
+        found, failure = known[rank]
+        if failure is not None:
+            raise failure
+        if found is not None:
+            results[rank] = found
+    return results
 
 
 def agreed(decide: Callable[[], tuple[T, str]], mesh: DeviceMesh | None) -> T:

@@ -30,9 +30,8 @@ class Correction:
 
 def are_tied(plan: TiePlan, a: str, b: str) -> bool:
     """Whether two names are the whole of one tensor."""
-    whole = [*plan.whole_aliases(plan.canonical(a))]
-    names = {plan.canonical(a), *(alias.name for alias in whole)}
-    return a in names and b in names
+    canonical = plan.canonical(a)
+    return {a, b} <= {canonical, *(alias.name for alias in plan.whole_aliases(canonical))}
 
 
 def corrections(declared: list[Declaration], plan: TiePlan) -> list[Correction]:
@@ -106,18 +105,12 @@ def correct_flags_(model: nn.Module, plan: TiePlan) -> None:
         setattr(fix.config, FLAG, fix.value)
     for prefix, module in named_modules(model):
         start = f"{prefix}." if prefix else ""
-        apart = {
-            pair
-            for declaration in declared
-            if declaration.module is module and declaration.binding and getattr(declaration.config, FLAG, False)
-            for pair in declaration.pairs
-            if not are_tied(plan, *pair)
-        }
-        if apart:
-            pairs = [pair for each in declared if each.module is module and each.binding for pair in each.pairs]
-            keys = {alias.removeprefix(start): origin.removeprefix(start) for origin, alias in pairs}
-            kept = {a: o for a, o in keys.items() if are_tied(plan, start + a, start + o)}
-            module._tied_weights_keys = kept  # type: ignore[assignment]  # noqa: SLF001 - the attribute models declare by
+        binding = [each for each in declared if each.module is module and each.binding]
+        pairs = [pair for each in binding for pair in each.pairs if pair[1].startswith(start)]
+        tied = {alias: origin for origin, alias in pairs if are_tied(plan, origin, alias)}
+        if len(tied) < len(pairs) and any(getattr(each.config, FLAG, False) for each in binding):
+            keys = {alias.removeprefix(start): origin.removeprefix(start) for alias, origin in tied.items()}
+            module._tied_weights_keys = keys  # type: ignore[assignment]  # noqa: SLF001 - the attribute models declare by
         made = getattr(module, "all_tied_weights_keys", None)
         if isinstance(made, dict):
             module.all_tied_weights_keys = {  # type: ignore[assignment]  # a plain attribute of the module
