@@ -81,7 +81,6 @@ def test_what_is_apart_may_lie_apart(tmp_path):
 
 
 @pytest.mark.survey("T71")
-@pytest.mark.filterwarnings("ignore")
 def test_a_file_without_a_trace_of_its_alias_is_read_by_the_declaration_or_refused(tmp_path):
     model = tiny_llama(tie_word_embeddings=True)
     Accelerator(cpu=True).save_model(model, tmp_path)

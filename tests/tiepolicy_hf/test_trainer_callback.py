@@ -21,8 +21,6 @@ from tiepolicy.errors import BrokenTieError
 from tiepolicy.files import read_header
 from torchrun import torchrun
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def mixtral():
     torch.manual_seed(3)
@@ -187,6 +185,7 @@ def test_two_ranks_under_ddp_resume_to_the_bit_with_the_random_state_of_each(tmp
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "trainer_state.json"} <= names
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapters_are_written_by_peft_and_found_again(tmp_path):
     adapted = get_peft_model(llama(tied=True), LoraConfig(target_modules=["q_proj"]))
     trainer(adapted, tmp_path, max_steps=6).train()
