@@ -18,6 +18,9 @@ from models import tiny_llama
 from tiepolicy.errors import MissingTensorError, TieConflictError
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+warned_by_peft = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 def tied():
@@ -121,7 +124,7 @@ def test_a_state_that_lost_tied_names_is_completed_or_refused_and_never_left_ran
 
 
 @pytest.mark.survey("T56")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # of PEFT
+@warned_by_peft
 def test_what_peft_saved_apart_and_merged_stays_apart(tmp_path):
     adapted = get_peft_model(tied(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with torch.no_grad():
@@ -140,7 +143,7 @@ def lora_on_the_head(model):
 
 
 @pytest.mark.survey("T57")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # of PEFT
+@warned_by_peft
 def test_lora_on_a_tied_head_is_in_the_plan_and_once_untied_merges_into_the_head_alone(tmp_path):
     """Today merging into a tied head changes the embedding with it, and the logits."""
     ids = torch.tensor([[5, 20, 7]])
