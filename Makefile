@@ -45,11 +45,22 @@ wheel: setup
 	@size=$$(cat build/wheel/*.whl | wc -c); [ $$size -le $(MOST_WHEEL_BYTES) ] || { echo "make wheel: the wheel has\
 	 $$size bytes and may have $(MOST_WHEEL_BYTES): say things once, or take something away"; exit 1; }
 
-# The tests once more, against the built wheel in an environment that does not see this folder's packages.
+# The tests once more, on what is installed: in a folder in which neither they nor their processes find these packages.
+INSTALLED := -P -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath=tests -n 2 -m "not slow" $(CURDIR)/tests
 wheel-test: wheel
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[test]"
-	HYPOTHESIS_PROFILE=ci build/wheel/venv/bin/python -P -m pytest -n 2 -m "not slow" -o pythonpath=tests
+	cd build/wheel && HYPOTHESIS_PROFILE=ci venv/bin/python $(INSTALLED)
+
+# With other versions: make compat PYTHON=python3.12 TORCH=2.11.0 TRANSFORMERS=5.17.0. The newest that the package allows,
+# where none is given. All other pins hold, but for two that transformers pins itself.
+COMPAT := build/compat
+compat:
+	$(PYTHON) -m venv --clear $(COMPAT)
+	grep -Ev '^(torch|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt \
+		torch$(TORCH:%===%) transformers$(TRANSFORMERS:%===%) ".[test]"
+	cd $(COMPAT) && HYPOTHESIS_PROFILE=ci bin/python $(INSTALLED)
 
 # The readers of untrusted bytes, one after the other, guided by the code they reach; see tests/fuzz.py.
 FUZZ_SECONDS ?= 60
