@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 from eagle3.commands import DemoConfig, EstimateConfig, EvaluateConfig, ExportConfig, ReportConfig
 from eagle3.config import RunConfig
 from eagle3.errors import ConfigError, Eagle3Error
-from eagle3.manual import help_parser
-from eagle3.options import read_settings
 from eagle3.terminal import StderrHandler, say
+
+try:
+    from eagle3.manual import help_parser
+    from eagle3.options import read_settings
+except ModuleNotFoundError as error:
+    raise ImportError(f"eagle3 needs {error.name}: pip install 'tiepolicy[eagle3]'") from error
 
 if TYPE_CHECKING:
     from eagle3.parallel import Ranks
