@@ -18,7 +18,6 @@ from sphinx.util.docutils import SphinxDirective
 from sitegen.api import api, home_of
 from sitegen.commands import commands
 from sitegen.hooks import hooks
-from sitegen.modules import modules
 from sitegen.reconciling import reconcile_table
 from sitegen.settings import settings
 
@@ -26,7 +25,6 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "api": api,
     "commands": commands,
     "hooks": hooks,
-    "modules": modules,
     "reconcile-table": reconcile_table,
     "settings": settings,
 }

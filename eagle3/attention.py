@@ -1,4 +1,4 @@
-"""Step 20: attends from the rows that carry loss to the step-0 keys before them and to their own keys of later steps.
+"""Step 18: attends from the rows that carry loss to the step-0 keys before them and to their own keys of later steps.
 
 Shape suffixes: B batch, T tokens, N rows that carry loss, Q query heads, K key and value heads, G = Q / K query heads
 that share a key head, d head dimension, J later steps.

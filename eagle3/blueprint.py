@@ -1,4 +1,4 @@
-"""Step 18: the draft's config: that of a Llama with one layer which fits the target, kept in the folder of the run."""
+"""Step 16: the draft's config: that of a Llama with one layer which fits the target, kept in the folder of the run."""
 
 import copy
 import json

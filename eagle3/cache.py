@@ -1,4 +1,4 @@
-"""Step 12: the target's states on disk: what a cache holds, and how a run reads it, mapped into memory.
+"""Step 11: the target's states on disk: what a cache holds, and how a run reads it, mapped into memory.
 
 A cache is a folder with `target-DIGEST-DTYPE.safetensors` (embedding and head) and one folder per data set,
 `data-DIGEST`, with `manifest.json` and its shards. A shard is one safetensors file, which exists only when it is whole:

@@ -1,4 +1,4 @@
-"""Step 13: fills a cache: runs the target over the data once, in parts that survive a cut.
+"""Step 12: fills a cache: runs the target over the data once, in parts that survive a cut.
 
 Shape suffixes: T tokens, V target vocabulary, E target hidden.
 """

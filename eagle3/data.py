@@ -1,4 +1,4 @@
-"""Step 8: which rows each process sees in which step, as batches of tensors.
+"""Step 7: which rows each process sees in which step, as batches of tensors.
 
 Shape suffixes: B batch, T tokens.
 """

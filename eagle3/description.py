@@ -1,4 +1,4 @@
-"""Step 10: what can be known of a target without its weights: config, tokenizer, layers, and a digest of its files."""
+"""Step 9: what can be known of a target without its weights: config, tokenizer, layers, and a digest of its files."""
 
 import hashlib
 import json

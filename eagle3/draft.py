@@ -1,4 +1,4 @@
-"""Step 19: builds the draft: one decoder layer that reads a token and a state and proposes the next token's state.
+"""Step 17: builds the draft: one decoder layer that reads a token and a state and proposes the next token's state.
 
 Shape suffixes: B batch, T tokens, V target vocabulary, D draft vocabulary, H draft hidden, E target hidden, A = 3E
 captured states, N rows that carry loss, Q query heads, K key and value heads, d head dimension. A leading `...` stands

@@ -1,4 +1,4 @@
-"""Step 6: what the frozen target hands to the draft, wherever it comes from.
+"""Step 5: what the frozen target hands to the draft, wherever it comes from.
 
 Shape suffixes: B batch, T tokens, E target hidden.
 """

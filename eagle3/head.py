@@ -1,4 +1,4 @@
-"""Step 26: the products of the head over all pairs of a batch, forward and back, in the copies' dtype or in FP8.
+"""Step 24: the products of the head over all pairs of a batch, forward and back, in the copies' dtype or in FP8.
 
 Shape suffixes: P pairs, C pairs of a chunk, U = P rounded up, H draft hidden, D draft vocabulary.
 """

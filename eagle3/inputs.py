@@ -1,4 +1,4 @@
-"""Step 16: all that a run reads: the target, the conversations, and the draft vocabulary that follows from them."""
+"""Step 14: all that a run reads: the target, the conversations, and the draft vocabulary that follows from them."""
 
 import logging
 from dataclasses import dataclass, replace

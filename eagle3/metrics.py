@@ -1,4 +1,4 @@
-"""Step 31: what a run measures: sums that become means once, at the end, and the places where they are written."""
+"""Step 29: what a run measures: sums that become means once, at the end, and the places where they are written."""
 
 import importlib
 import io

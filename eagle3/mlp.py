@@ -1,4 +1,4 @@
-"""Step 25: the products of the MLP in all steps of a batch, forward and back, in the dtype of the copies or in FP8.
+"""Step 23: the products of the MLP in all steps of a batch, forward and back, in the dtype of the copies or in FP8.
 
 Shape suffixes: N rows that carry loss, S steps, H draft hidden, I intermediate.
 """

@@ -1,4 +1,4 @@
-"""Step 32: how a run shows itself: a bar where a person looks on, plain lines everywhere else."""
+"""Step 30: how a run shows itself: a bar where a person looks on, plain lines everywhere else."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""Step 11: the frozen target, and the hidden states that it hands to the draft.
+"""Step 10: the frozen target, and the hidden states that it hands to the draft.
 
 Shape suffixes: B batch, T tokens, V target vocabulary, E target hidden, A = 3E.
 """

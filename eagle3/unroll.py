@@ -1,4 +1,4 @@
-"""Step 22: unrolls the draft over several steps on its own states, on the rows that carry loss only.
+"""Step 20: unrolls the draft over several steps on its own states, on the rows that carry loss only.
 
 Shape suffixes: B batch, T tokens, V target vocabulary, D draft vocabulary, H draft hidden, E target hidden, A = 3E
 captured states, N rows that carry loss, S unroll steps, P (row, step) pairs, M teacher rows.

@@ -1,4 +1,4 @@
-"""Step 9: the draft vocabulary, which is the target's tokens that the assistant writes most.
+"""Step 8: the draft vocabulary, which is the target's tokens that the assistant writes most.
 
 Shape suffixes: V target vocabulary, D draft vocabulary.
 """

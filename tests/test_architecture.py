@@ -29,11 +29,10 @@ FLOW = {
         _groups _state _extra _retention _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker
         _async _store __init__""",
     "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel _pipeline __init__",
-    "eagle3": """errors terminal files config options conversations packing features tokens data vocab description
-        target cache capture stopping parallel inputs teacher blueprint draft attention loss unroll flat pairs mlp head
-        tape fused graphs optimizer metrics progress checkpoint step fused_scorer trainer embedded speculate finished
-        commands evaluate reread export report demo sizes speed memory forecast estimate manual cli __main__
-        __init__""",
+    "eagle3": """errors terminal files config options conversations features tokens data vocab description target
+        cache capture parallel inputs teacher blueprint draft attention loss unroll flat pairs mlp head tape fused
+        graphs optimizer metrics progress checkpoint step fused_scorer trainer embedded speculate finished commands
+        evaluate reread export report demo sizes speed forecast estimate manual cli __main__ __init__""",
 }
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3.kernels._triton import jit, tl
+from eagle3.kernels import jit, tl
 
 _aten: Any = torch.ops.aten
 

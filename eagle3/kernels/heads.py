@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle3.kernels._triton import jit, next_power_of_2, tl
+from eagle3.kernels import jit, next_power_of_2, tl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle3.kernels._triton import jit, next_power_of_2, tl
+from eagle3.kernels import jit, next_power_of_2, tl
 
 #: Rows are shared out over this many programs where sums over rows are needed: two per multiprocessor of an H200.
 _NUM_PROGRAMS = 264

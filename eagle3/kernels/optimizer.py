@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eagle3.kernels._triton import jit, tl
+from eagle3.kernels import jit, tl
 
 _BLOCK = 1024
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle3.kernels._triton import jit, next_power_of_2, tl
+from eagle3.kernels import jit, next_power_of_2, tl
 from eagle3.kernels.causal import CausalResult
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3.kernels._triton import jit, tl
+from eagle3.kernels import jit, tl
 
 _BLOCK = 4096
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3.kernels._triton import jit, tl
+from eagle3.kernels import jit, tl
 
 _BLOCK = 1024
 

@@ -1,7 +1,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eagle3.packing import pack
+from eagle3.tokens import pack
 
 
 @st.composite

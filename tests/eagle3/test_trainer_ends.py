@@ -16,7 +16,7 @@ from trainer_ranks import Killer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eagle3.errors import CheckpointError, NumericsError
-from eagle3.stopping import ends_with_parent, stop_on_signals
+from eagle3.parallel import ends_with_parent, stop_on_signals
 from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, weights_of
 from tiepolicy.errors import CheckpointError as StoreError
@@ -86,7 +86,7 @@ def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path):
     """Through a parent that starts it and is killed; it would otherwise sleep for minutes."""
     child = f"""
         import os, pathlib, time
-        from eagle3.stopping import ends_with_parent
+        from eagle3.parallel import ends_with_parent
         with ends_with_parent(seconds=0.05):
             pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
             time.sleep(120)
