@@ -72,7 +72,7 @@ class DraftConfig:
             propose the others, so a small share is a wrong setting more often than a choice.
         hidden_size: Its width; null for the target's. Of another width it has an embedding of its own to train.
         intermediate_size: Width inside its MLP; null for the target's.
-        norm_before_residual: Whether the residual stream starts from the normed state.
+        norm_before_residual: Whether the residual stream starts from the normed state; SGLang serves no such draft.
         fc_norm: Whether each captured state is normed before the three are fused (EAGLE-3.1).
         norm_before_fc: Whether the three captured states are normed together instead.
         norm_output: Whether a step hands on its normed state (EAGLE-3.1).

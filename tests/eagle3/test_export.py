@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import eagle3.export
 from eagle3.cli import main
 from eagle3.config import CheckpointConfig, DraftConfig, TrainConfig
 from eagle3.errors import ConfigError, ExportError, TargetError
-from eagle3.export import export
+from eagle3.export import export, speculators_config
 from eagle3.finished import open_run
 from eagle3.reread import ExportedDraft
 from eagle3.unroll import TrainingTimeTest, plan_rows
@@ -104,6 +105,7 @@ def test_the_vocabulary_is_stored_as_offsets(world, tmp_path):
 
 
 def test_a_plain_config_says_what_both_engines_read(world, tmp_path):
+    """As vLLM 0.32.0 reads it, which was run on such a folder, and SGLang 0.5.23, whose source was read."""
     config, _ = exported(world, "newer", tmp_path / "export")
     expected = {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -136,7 +138,24 @@ def test_a_plain_config_says_what_both_engines_read(world, tmp_path):
     assert expected == {key: config.get(key) for key in expected}
 
 
+def test_a_draft_that_sglang_would_misread_is_exported_with_a_word_on_it(world, tmp_path, capsys, monkeypatch):
+    """Its layer (SGLang 0.5.23, `srt/models/llama_eagle3.py`) takes the residual before the norm, whatever is said."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    for run, kind, said in [("newer", "plain", True), ("newer", "speculators", False), ("shrunk", "plain", False)]:
+        assert 0 == main(["export", str(world / run), "--out", str(tmp_path / f"{run}-{kind}"), "--format", kind])
+        assert said == ("For vLLM alone: SGLang (0.5.23) passes over norm_before_res" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("given", "is_folder"), [("target", True), ("hub/name", False)])
+def test_a_target_that_is_a_folder_is_found_from_any_other(world, tmp_path, monkeypatch, given, is_folder):
+    monkeypatch.chdir(world)
+    trained = replace(open_run("shrunk", checkpoint="LATEST"), target_folder=given)
+    own = speculators_config(trained)["speculators_config"]["verifier"]
+    assert (str(world / "target") if is_folder else given) == own["name_or_path"]
+
+
 def test_a_speculators_config_says_what_the_library_reads(world, tmp_path):
+    """And vLLM 0.32.0, `transformers_utils/configs/speculators/`, which was run on such a folder."""
     config, _ = exported(world, "shrunk", tmp_path / "export", kind="speculators")
     assert ["Eagle3Speculator"] == config["architectures"]
     assert ("eagle3", 96, 32, False) == tuple(
