@@ -33,9 +33,10 @@ logger = logging.getLogger("eagle3")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One command: what it is for, the settings it takes, and what it runs, which returns the exit code."""
+    """One command: what it is for, what to type behind it, its settings, and what it runs for the exit code."""
 
     help: str
+    example: str
     settings: type
     run: Callable[[Any], int]
     #: The setting that is given without its name, in front of the options; a list takes all that stands there.
@@ -170,30 +171,57 @@ def _draw(config: ReportConfig) -> int:
 
 #: In the order in which a run needs them.
 COMMANDS = {
-    "demo": Command(help="All of it in a few minutes on a CPU.", settings=DemoConfig, run=_demo),
+    "demo": Command(
+        help="Make a small target, train a draft on it, measure and export it: minutes on a CPU.",
+        example="--out demo",
+        settings=DemoConfig,
+        run=_demo,
+    ),
     "estimate": Command(
-        help="What a run will take: parameters, memory, steps, disk. Loads nothing.",
+        help="Say what a run will take: parameters, memory, steps, time, disk. Loads nothing.",
+        example="--config qwen3-8b.yaml --processes 8",
         settings=EstimateConfig,
         run=_estimate,
     ),
-    "vocab": Command(help="Choose the draft vocabulary and keep it.", settings=RunConfig, run=_vocab),
-    "cache": Command(
-        help="Write the target's states to disk, to train from. Works under torchrun.", settings=RunConfig, run=_cache
+    "vocab": Command(
+        help="Choose the draft vocabulary and keep it.",
+        example="--config qwen3-8b.yaml --data.train chats.jsonl --out run",
+        settings=RunConfig,
+        run=_vocab,
     ),
-    "train": Command(help="Train a draft, or go on with a run. Works under torchrun.", settings=RunConfig, run=_train),
+    "cache": Command(
+        help="Write the target's states to disk, to train from. Works under torchrun.",
+        example="--config qwen3-8b.yaml --target.cache states",
+        settings=RunConfig,
+        run=_cache,
+    ),
+    "train": Command(
+        help="Train a draft, or go on with a run. Works under torchrun.",
+        example="--config qwen3-8b.yaml --data.train chats.jsonl --out run",
+        settings=RunConfig,
+        run=_train,
+    ),
     "evaluate": Command(
-        help="Decode with the draft of a run and measure what it brings.",
+        help="Write answers with the draft of a run, and measure what it gains.",
+        example="run --num_prompts 64",
         settings=EvaluateConfig,
         run=_evaluate,
         unnamed="run",
     ),
     "export": Command(
         help="Write the draft of a run for serving engines.",
+        example="run --out draft",
         settings=ExportConfig,
         run=_export,
         unnamed="run",
     ),
-    "report": Command(help="Draw what one or several runs measured.", settings=ReportConfig, run=_draw, unnamed="runs"),
+    "report": Command(
+        help="Draw what one or several runs measured.",
+        example="run another-run --out report",
+        settings=ReportConfig,
+        run=_draw,
+        unnamed="runs",
+    ),
 }
 
 

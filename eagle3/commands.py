@@ -54,7 +54,7 @@ class EvaluateConfig:
         data: Conversations whose first questions are the prompts; null for the run's validation data, or without such
             its training data.
         num_prompts: Prompts to answer, the first of the file.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Where an answer is cut.
         num_drafted: Tokens that the draft proposes for each pass of the target; null for the run's unroll.steps.
         temperature: Of the sampled answers, above 0.
         seed: Of the sampled answers.

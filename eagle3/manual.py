@@ -8,13 +8,21 @@ import json
 import types
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Literal, Protocol, get_args, get_origin
+from typing import Literal, NoReturn, Protocol, get_args, get_origin
 
 import shtab
 
-from eagle3.options import Setting, alternatives, described_sections
+from eagle3.errors import ConfigError
+from eagle3.options import Setting, alternatives, described_sections, shipped_configs
 
-_EPILOG = "exit codes: 0 fine, 2 wrong input, which is then said in one sentence"
+_EPILOG = "exit codes: 0 fine, 2 wrong input (said in one sentence), 130 interrupted"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to the program to say what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 class Documented(Protocol):
@@ -23,6 +31,11 @@ class Documented(Protocol):
     @property
     def help(self) -> str:
         """One sentence."""
+        ...
+
+    @property
+    def example(self) -> str:
+        """What one may type behind the command's name."""
         ...
 
     @property
@@ -42,10 +55,10 @@ def help_parser(commands: Mapping[str, Documented]) -> argparse.ArgumentParser:
     Args:
         commands: By name, in the order to show them in.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="eagle3",
         description="Trains EAGLE-3 drafts of transformers models.",
-        epilog=f"eagle3 COMMAND --help lists the settings of a command. {_EPILOG}",
+        epilog=f"eagle3 COMMAND --help lists the settings of a command; {_EPILOG}",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -67,12 +80,17 @@ def _add_command(parser: argparse.ArgumentParser, command: Documented) -> None:
         usage.append(f"{shown} [{shown} ...]" if takes_all else shown)
         nargs = "+" if takes_all else None
         _complete_files(parser.add_argument(setting.name, metavar=shown, nargs=nargs, help=_say(setting)))
-    _complete_files(parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below"))
+    config_help = "YAML file with any of the settings below"
+    if len(sections) > 1:
+        config_help += f", or one that comes along: {', '.join(shipped_configs())}"
+    _complete_files(parser.add_argument("--config", metavar="FILE", help=config_help))
     for summary, settings in sections:
         group = parser.add_argument_group(settings[0].name.split(".")[0], summary) if summary else parser
         for setting in settings:
             if setting.name != command.unnamed:
                 _add_setting(group, setting)
+    # A group, since a paragraph of its own keeps its line.
+    parser.add_argument_group("example", f"{parser.prog} {command.example}")
     parser.usage = f"{' '.join(usage)} [--config FILE] [--SETTING VALUE ...]"
 
 

@@ -233,6 +233,12 @@ def _one_sentence(message: str, types_of: dict[str, Any]) -> str:
         verb = "is" if len(names) == 1 else "are"
         options = " and ".join(f"--{name}" for name in names)
         return f"{options} {verb} required; give {'it' if verb == 'is' else 'them'} as an option or in the config file."
+    lonely = re.match(r"argument --(\S+): expected one argument", message)
+    if lonely and lonely[1] in types_of:
+        return f"--{lonely[1]} needs a value behind it: {in_words(types_of[lonely[1]])}."
+    stray = re.match(r"unrecognized arguments: (.*)", message)
+    if stray:
+        return f"{stray[1]} belongs to no setting; settings are given as --NAME VALUE, and --help lists them."
     mistyped = re.match(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Got value|Given value): (.*)", message)
     if mistyped and value and mistyped[1] in types_of:
@@ -251,6 +257,8 @@ def in_words(kind: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} whole numbers"
+    if get_origin(kind) is list:
+        return "a list"
     parts = alternatives(kind)
     if len(parts) > 1:
         return " or ".join(map(in_words, parts))

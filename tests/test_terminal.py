@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import eagle3.cli
 import tiepolicy._cli
 from eagle3.manual import help_parser
+from eagle3.options import read_settings
 from eagle3.terminal import watched
 from tiepolicy import _meter
 
@@ -69,7 +70,10 @@ options:
   --out TEXT     Folder for `report.png` and `report.html`; null for that of
                  the first run. (default: null)
 
-exit codes: 0 fine, 2 wrong input, which is then said in one sentence
+example:
+  eagle3 report run another-run --out report
+
+exit codes: 0 fine, 2 wrong input (said in one sentence), 130 interrupted
 """
     assert expected == parsers()["eagle3 report"].format_help()
 
@@ -87,6 +91,20 @@ sys.stderr.write(str({"torch", "transformers"} & {*sys.modules}))
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "set()" == result.stderr.splitlines()[-1]
     assert 2 == result.stderr.count("did you mean")
+
+
+@pytest.mark.parametrize("command", parsers().keys() - {"tiepolicy", "eagle3"})
+def test_the_example_of_a_command_is_one_line_that_it_takes(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # whose path --owner looks at
+    (line,) = re.search(r"\nexample:\n((?:  .*\n)+)", parsers()[command].format_help())[1].splitlines()
+    program, name, *typed = line.split()
+    if program == "tiepolicy":
+        assert tiepolicy._cli.command_parser().parse_args([name, *typed])
+    else:
+        chosen = eagle3.cli.COMMANDS[name]
+        assert read_settings(chosen.settings, eagle3.cli._named(chosen, typed))
 
 
 @pytest.mark.parametrize("program", ["tiepolicy", "eagle3"])

@@ -194,27 +194,43 @@ def command_parser() -> argparse.ArgumentParser:
     _add_completion(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], summary: str, *, example: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=_EPILOG
         )
-        added.add_argument("--json", action="store_true", help="print JSON, with every name in full")
+        added.add_argument("--json", action="store_true", help="print JSON, for programs")
+        added.add_argument_group("example", f"{added.prog} {example}")  # a paragraph of its own keeps its line
         added.set_defaults(command=command, parser=added)
         return added
 
-    inspect = add("inspect", _inspect_command, "show names, shapes, dtypes, sizes, tied groups and refused claims")
+    inspect = add(
+        "inspect",
+        _inspect_command,
+        "show names, shapes, dtypes, sizes, tied groups and refused claims",
+        example="model.safetensors --svg ties.svg",
+    )
     inspect.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
     inspect.add_argument(
         "--svg", type=Path, metavar="FILE", help="also draw what is one tensor and what is not, as an SVG picture"
     )
-    compare = add("diff", _diff_command, "compare names, shapes, dtypes, ties and recorded digests of two checkpoints")
+    compare = add(
+        "diff",
+        _diff_command,
+        "compare names, shapes, dtypes, ties and recorded digests of two checkpoints",
+        example="before.safetensors after.safetensors --values",
+    )
     compare.add_argument("a", type=Path, metavar="A", help=_PATH_HELP)
     compare.add_argument("b", type=Path, metavar="B", help="what to compare it with, of any of these kinds")
     compare.add_argument(
         "--values", action="store_true", help="read the tensors of safetensors files and compare them byte by byte"
     )
     verify = add(
-        "verify", _verify_command, "hold headers, index, manifest and files of a checkpoint against each other"
+        "verify",
+        _verify_command,
+        "hold headers, index, manifest and files of a checkpoint against each other",
+        example="draft --owner target=model.safetensors",
     )
     verify.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
     verify.add_argument(
@@ -225,5 +241,10 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="a safetensors file or Hugging Face folder of a model that owns tensors of this one; may be repeated",
     )
-    add("plugins", _plugins_command, "list the plugins that the default policy has loaded, and where they come from")
+    add(
+        "plugins",
+        _plugins_command,
+        "list the plugins that the default policy has loaded, and where they come from",
+        example="--json",
+    )
     return parser

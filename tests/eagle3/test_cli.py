@@ -72,6 +72,10 @@ def test_unknown_and_mistyped_settings_are_refused(world, tmp_path, capfd, optio
     ("arguments", "sentence"),
     [
         (["trian"], "eagle3: error: trian is not a command; did you mean train?"),
+        (["train", "--train.lr"], "eagle3: error: --train.lr needs a value behind it: a number."),
+        (["train", "b"], "eagle3: error: b belongs to no setting; settings are given as --NAME VALUE, and --help"),
+        (["report", "--runs", "b"], "eagle3: error: runs is b, but must be a list."),
+        ([], "eagle3: error: the following arguments are required: COMMAND (see eagle3 --help)"),
         (["train", "--config"], "eagle3: error: --config needs the path of a YAML file behind it."),
         (["train"], "eagle3: error: --out and --target.model and --data.train are required"),
         (

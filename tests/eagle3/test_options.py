@@ -104,7 +104,7 @@ def test_the_other_names_of_settings_belong_to_settings():
         ),
         ([*GIVEN, "--data.packing", "perhaps"], "data.packing is perhaps, but must be true or false."),
         ([*GIVEN, "--draft.min_coverage", "2"], "draft.min_coverage is 2.0, but must be from 0 to 1."),
-        ([*GIVEN, "more"], "The settings cannot be read: unrecognized arguments: more."),
+        ([*GIVEN, "more"], "more belongs to no setting; settings are given as --NAME VALUE, and --help lists them."),
     ],
 )
 def test_a_wrong_setting_is_named_as_it_is_typed(options, sentence):
