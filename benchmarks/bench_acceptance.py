@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_eagle3 import versions
+from environment import environment
 
 from eagle3.config import DataConfig, DraftConfig, LogConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
 from eagle3.embedded import write_embedded_conversations, write_embedded_target
@@ -61,7 +61,7 @@ def main() -> int:
             results.append({"seed": seed, "plain": plain, "fp8": fp8})
             print(f"seed {seed}: {plain:.3f} of 6 without FP8, {fp8:.3f} with it ({fp8 / plain - 1:+.2%})", flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"versions": versions(device), "results": results}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
     return 0
 
 

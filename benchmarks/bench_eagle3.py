@@ -8,20 +8,20 @@ AdamW, and nothing else. Inputs are random and lie on the GPU; 60% of the tokens
 import argparse
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from environment import environment
 from peers import speculators_step
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
+from works import MODELS, WORKS, Work, documents, spans
 
 from eagle3.blueprint import draft_config
 from eagle3.draft import Draft
@@ -30,113 +30,8 @@ from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, pays_off, rounded
 from eagle3.optimizer import FlatAdamW, clip_factor
 from eagle3.pairs import plan_pairs
-from eagle3.sizes import StepSizes
 from eagle3.teacher import TeacherHead
 from eagle3.unroll import TrainingTimeTest, UnrollResult, plan_rows
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a target and its draft."""
-
-    hidden: int
-    intermediate: int
-    heads: tuple[int, int]
-    head_dim: int
-    vocab: int
-    draft_vocab: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """One line of the table."""
-
-    model: str
-    sequences: int
-    tokens: int
-    steps: int
-    supervised: float = 0.6
-    mean_span: int = 400
-    mean_document: int | None = None
-
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-        if self.mean_document is not None:
-            return f"{self.model} packed {self.tokens}, {self.steps} steps"
-        share = "" if self.supervised == 0.6 else f", {self.supervised:.0%} supervised"
-        return f"{self.model} {self.sequences}x{self.tokens}, {self.steps} steps{share}"
-
-
-MODELS = {
-    "W8B": Model(4096, 14336, (32, 8), 128, 128256, 32000),
-    "W1B": Model(2048, 8192, (32, 8), 64, 128256, 8192),
-    "tiny": Model(64, 128, (4, 2), 16, 512, 128),
-}
-WORKS = [
-    Work("W8B", 1, 2048, 7),
-    Work("W8B", 1, 4096, 7),
-    Work("W8B", 4, 2048, 7),
-    Work("W8B", 1, 8192, 7, mean_document=1000),
-    Work("W8B", 1, 2048, 7, supervised=1.0),
-    Work("W8B", 4, 2048, 7, supervised=1.0),
-    Work("W1B", 4, 2048, 7),
-    Work("W1B", 4, 2048, 2),
-    Work("W1B", 8, 256, 7, mean_span=100),
-    Work("W1B", 8, 256, 2, mean_span=100),
-    Work("tiny", 2, 64, 3, mean_span=10),
-    Work("tiny", 1, 256, 3, mean_span=10, mean_document=40),
-]
-
-
-def spans(work: Work) -> Tensor:
-    """A mask (sequences, tokens) whose supervised tokens stand in spans, as answers do; within 0.5% of the share."""
-    total = work.sequences * work.tokens
-    gap = work.mean_span * (1 - work.supervised) / work.supervised
-    for seed in range(10_000):
-        generator = torch.Generator().manual_seed(seed)
-        mask, place = torch.full((total,), work.supervised == 1), 0
-        while gap and place < total:
-            draw = -torch.rand(2, generator=generator).log()
-            place += round(float(draw[0]) * gap)
-            mask[place : place + round(float(draw[1]) * work.mean_span)] = True
-            place += round(float(draw[1]) * work.mean_span)
-        if abs(mask.float().mean() - work.supervised) < 0.005:
-            return mask.view(work.sequences, work.tokens)
-    raise AssertionError("no seed gives this share")
-
-
-def documents(work: Work) -> Tensor | None:
-    """Which document each token of a packed row belongs to, lengths drawn like those of answers."""
-    if work.mean_document is None:
-        return None
-    generator = torch.Generator().manual_seed(1)
-    # Half of each mean is fixed: a document holds a prompt and an answer.
-    lengths = work.mean_document * (0.5 - 0.5 * torch.rand(work.tokens, generator=generator).log())
-    ends = lengths.long().cumsum(0)
-    return torch.bucketize(torch.arange(work.tokens), ends, right=True).expand(work.sequences, -1).contiguous()
-
-
-def sizes_of_work(work: Work) -> StepSizes:
-    """What one step of a line multiplies, as `eagle3 estimate` counts it."""
-    model, num_tokens = MODELS[work.model], work.sequences * work.tokens
-    num_teachers = work.supervised * num_tokens
-    rows = num_teachers + (work.steps - 1) * num_teachers / work.mean_span
-    return StepSizes(
-        num_tokens=num_tokens,
-        visible=work.mean_document or work.tokens,
-        num_rows=min(num_tokens, round(rows)),
-        num_teachers=round(num_teachers),
-        num_pairs=round(work.steps * num_teachers),
-        num_steps=work.steps,
-        hidden=model.hidden,
-        intermediate=model.intermediate,
-        queries=model.heads[0] * model.head_dim,
-        keys=model.heads[1] * model.head_dim,
-        target_hidden=model.hidden,
-        vocab=model.vocab,
-        draft_vocab=model.draft_vocab,
-    )
 
 
 class Bench:
@@ -233,8 +128,8 @@ class Bench:
 
         return run
 
-    def speculators_step(self) -> Callable[[], Tensor]:
-        """The step of vLLM's trainer, if it is installed."""
+    def speculators_step(self, *, loss: str) -> Callable[[], Tensor]:
+        """The step of vLLM's trainer, if it is installed, with one of its two implementations of the loss."""
         del self.draft
         inputs = {
             "ids": self.ids,
@@ -245,7 +140,7 @@ class Bench:
             "head_VE": self.head_VE,
             "draft_vocab": self.model.draft_vocab,
         }
-        return speculators_step(self.config, inputs, num_steps=self.work.steps)
+        return speculators_step(self.config, inputs, num_steps=self.work.steps, loss=loss)
 
     def floor_step(self) -> Callable[[], Tensor]:
         """Products, attention and AdamW of all rows, with no sum, norm, loss or gradient bookkeeping."""
@@ -336,13 +231,6 @@ def profile(step: Callable[[], Tensor], num_steps: int = 3) -> dict[str, dict[st
     return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """What the numbers were measured with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
-
-
 #: Parts of the names of kernels, by what they are for; the first that fits counts.
 KERNELS = {
     "AdamW": ("_adamw",),
@@ -362,7 +250,8 @@ KINDS = {
     "fp8": lambda bench: bench.fused_step(fp8=True),
     "autograd": Bench.autograd_step,
     "floor": Bench.floor_step,
-    "speculators": Bench.speculators_step,
+    "speculators fused loss": lambda bench: bench.speculators_step(loss="fused"),
+    "speculators eager loss": lambda bench: bench.speculators_step(loss="eager"),
 }
 
 
@@ -379,7 +268,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results = []
-    print(f"{'work':<34} {'kind':<14} {'ms':>8} {'min':>8} {'max':>8} {'peak GiB':>9} {'loss':>8}")
+    print(f"{'work':<34} {'kind':<22} {'ms':>8} {'min':>8} {'max':>8} {'peak GiB':>9} {'loss':>8}")
     for index, work in enumerate(WORKS):
         if work.model not in options.work or (options.lines and index not in options.lines):
             continue
@@ -396,14 +285,14 @@ def main() -> int:
             if parts is not None:
                 results[-1]["profile"] = parts
             print(
-                f"{work.name:<34} {kind:<14} {found['ms']:8.2f} {found['min_ms']:8.2f} {found['max_ms']:8.2f} "
+                f"{work.name:<34} {kind:<22} {found['ms']:8.2f} {found['min_ms']:8.2f} {found['max_ms']:8.2f} "
                 f"{found['peak_gib']:9.2f} {found['loss']:8.4f}",
                 flush=True,
             )
             for name, part in (parts or {}).items():
                 print(f"{'':<34} {name:<18} {part['ms']:8.2f} ms {part['launches']:6.0f} launches")
     if options.out:
-        options.out.write_text(json.dumps({"versions": versions(device), "results": results}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
     return 0
 
 

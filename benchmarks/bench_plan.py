@@ -10,17 +10,14 @@ import gc
 import importlib
 import importlib.util
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import _find_shared_tensors, _remove_duplicate_names
 from torch import nn
@@ -181,20 +178,8 @@ def main() -> None:
     print(table(rows))
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"environment": environment(arguments.rounds), "rows": rows}, indent=1))
-
-
-def environment(num_rounds: int) -> dict[str, Any]:
-    """What the numbers were made with."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "rounds": num_rounds,
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "commit": commit.stdout.strip(),
-        **{name: version(name) for name in ("torch", "safetensors", "huggingface_hub")},
-    }
+        found = {"rounds": arguments.rounds, **environment("safetensors", "huggingface_hub")}
+        arguments.out.write_text(json.dumps({"environment": found, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_eagle3 import MODELS, WORKS, Bench, Work, versions
+from bench_eagle3 import Bench
+from environment import environment
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from works import MODELS, WORKS, Work
 
 from eagle3.config import DataConfig, ParallelConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
 from eagle3.data import Batch
@@ -150,7 +152,7 @@ def spread(work: Work, ranks: Ranks, dtype: torch.dtype, seconds: float, *, kind
 def main() -> int:
     """Print what was measured and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lines", nargs="*", type=int, default=[0, 2], help="indices into bench_eagle3.WORKS")
+    parser.add_argument("--lines", nargs="*", type=int, default=[0, 2], help="indices into works.WORKS")
     parser.add_argument("--kinds", nargs="*", choices=["online", "data", "shard"])
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each measurement lasts at least")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -168,7 +170,7 @@ def main() -> int:
                 if ranks.is_first:
                     print(work.name, kind, {name: round(value, 3) for name, value in found.items()}, flush=True)
         if options.out and ranks.is_first:
-            text = json.dumps({"versions": versions(ranks.device), "results": results}, indent=1)
+            text = json.dumps({"environment": environment(), "results": results}, indent=1)
             options.out.write_text(text + "\n", encoding="utf-8")
     return 0
 

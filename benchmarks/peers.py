@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 
-def speculators_step(config: LlamaConfig, inputs: dict[str, Any], *, num_steps: int) -> Callable[[], Tensor]:
-    """The step of vLLM's `speculators`: float32 weights under bfloat16 autocast, compiled, its fused loss, AdamW.
+def speculators_step(config: LlamaConfig, inputs: dict[str, Any], *, num_steps: int, loss: str) -> Callable[[], Tensor]:
+    """The step of vLLM's `speculators`: float32 weights under bfloat16 autocast, compiled on a GPU, AdamW.
 
     Its teacher covers the draft vocabulary only. Its own command freezes the head; here it learns, as ours does.
 
@@ -17,6 +17,7 @@ def speculators_step(config: LlamaConfig, inputs: dict[str, Any], *, num_steps: 
         config: Sizes of the target.
         inputs: `ids`, `mask`, `aux`, `hidden`, `documents` (or None) of a batch (B, T), `head_VE` and `draft_vocab`.
         num_steps: Of the unroll.
+        loss: `fused`, its default, a Triton kernel inside the compiled step; or `eager`, plain torch operations.
     """
     from speculators.losses import resolve_loss_config
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
@@ -51,18 +52,17 @@ def speculators_step(config: LlamaConfig, inputs: dict[str, Any], *, num_steps: 
         "loss_mask": inputs["mask"].to(ids.device).flatten()[None],
         "verifier_last_hidden_states": inputs["hidden"].flatten(0, 1)[None],
     }
-    implementation = "fused" if ids.is_cuda else "eager"
-    options = {"ttt_steps": num_steps, "loss_config": resolve_loss_config("kl_div", implementation)}
+    options = {"ttt_steps": num_steps, "loss_config": resolve_loss_config("kl_div", loss)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     def run() -> Tensor:
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            _, loss, _ = model(**batch, **options)
+            _, mean_loss, _ = model(**batch, **options)
         optimizer.zero_grad()
-        loss.backward()
+        mean_loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return loss.detach()
+        return mean_loss.detach()
 
     return run

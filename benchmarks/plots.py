@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from bench_eagle3 import Work, sizes_of_work
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from works import Work, sizes_of_work
 
 from eagle3.speed import DEVICES, attention_flops, product_flops
 
@@ -103,8 +103,8 @@ def draw_step(results: Results) -> Figure:
     ax.set_xlabel("% of the time of all kernels")
     _tidy(ax)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=8)
-    versions = results["versions"]
-    figure.suptitle(f"Kernels of a training step, {versions['device']}, torch {versions['torch']}", fontsize=11)
+    found = results["environment"]
+    figure.suptitle(f"Kernels of a training step, {found['gpu']}, torch {found['torch']}", fontsize=11)
     return figure
 
 

@@ -19,7 +19,7 @@ from eagle3.unroll import plan_rows
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MEASURED, MEASURED_FP8 = (json.loads((RESULTS / name).read_text()) for name in ("eagle3.json", "eagle3_fp8.json"))
-#: The models of benchmarks/bench_eagle3.py: config of the target, draft vocabulary.
+#: The models of benchmarks/works.py: config of the target, draft vocabulary.
 MODELS = {
     "W8B": ({"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128}, 32000),
     "W1B": ({"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64}, 8192),
@@ -86,7 +86,7 @@ def is_graphed(line):
 
 
 def test_the_benchmark_was_run_on_the_device_whose_shares_are_stated():
-    assert DEVICES["h200"].name == MEASURED["versions"]["device"]
+    assert DEVICES["h200"].name == MEASURED["environment"]["gpu"]
     assert DEVICES["h200"].is_measured
     assert {"ours", "known argmax"} <= {line["kind"] for line in LINES}
 
