@@ -21,14 +21,14 @@ PACKAGES = {
 
 #: Reading order inside the packages: a module imports only modules that stand before it.
 FLOW = {
-    "tiepolicy": """errors _facts _memory _observe _claims _evidence _groups _values _conflict _external _retie _table
-        _picture _paths _manifest _plan hookspecs _rules _trace _plugins _policy _reconcile _safetensors _pickles
-        _metadata _contents _digests files _verify _diff _inspect _meter _cli __main__ __init__ _laws testing""",
-    "tiepolicy_hf": "_declared _plugin _flags _folder _trust _save _ties _load _trainer __init__",
+    "tiepolicy": """errors _facts _memory _observe _claims _evidence _groups _values _conflict _external _retie
+        _table _picture _paths _manifest _plan hookspecs _rules _plugins _policy _reconcile _safetensors _pickles
+        _metadata _contents _digests files _verify _diff _inspect _cli __main__ __init__ _laws testing""",
+    "tiepolicy_hf": "_plugin _flags _folder _trust _save _ties _load _trainer __init__",
     "tiepolicy_dcp": """errors _ranks _folder _devices _frames _pieces _files _archives _reader _writer
         _groups _state _extra _retention _stages _save _optimizer _conflicts _load _pointers _lock _staging _worker
         _async _store __init__""",
-    "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _tensor_parallel _pipeline __init__",
+    "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _pipeline __init__",
     "eagle3": """errors terminal files config options conversations features tokens data vocab description target
         cache capture parallel inputs teacher blueprint draft attention loss unroll flat pairs mlp head tape fused
         graphs optimizer metrics progress checkpoint step fused_scorer trainer embedded speculate finished commands
@@ -99,7 +99,7 @@ def test_only_one_core_module_reads_storages():
 def test_transformers_is_imported_where_its_models_are_read_and_written_only():
     """A plugin that imported it would make everybody wait who plans a model."""
     plugin = PACKAGES["tiepolicy_hf"][0]
-    for module in ("__init__", "_plugin", "_declared"):
+    for module in ("__init__", "_plugin"):
         assert "transformers" not in {name.split(".")[0] for name in imported(plugin / f"{module}.py")}
     for package in ("tiepolicy", "tiepolicy_dcp", "tiepolicy_fsdp2"):
         used = {name.split(".")[0] for path in PACKAGES[package][0].glob("*.py") for name in imported(path)}

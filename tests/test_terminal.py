@@ -21,7 +21,7 @@ import tiepolicy._cli
 from eagle3.manual import help_parser
 from eagle3.options import read_settings
 from eagle3.terminal import watched
-from tiepolicy import _meter
+from tiepolicy import _inspect
 
 
 @functools.cache
@@ -170,11 +170,11 @@ class Terminal(io.StringIO):
 
 
 def test_a_long_read_shows_how_much_was_read_and_takes_it_away(monkeypatch):
-    monkeypatch.setattr(_meter, "_PATIENCE_SECONDS", 0)
-    monkeypatch.setattr(_meter, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(_inspect, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(_inspect, "_PAUSE_SECONDS", 0)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with _meter.Meter("read", total=4_000_000) as meter:
+    with _inspect.Meter("read", total=4_000_000) as meter:
         meter(1_000_000)
         meter(2_000_000)
     assert ["", "read: 1 MB of 4 MB", "read: 3 MB of 4 MB", " " * 18, ""] == terminal.getvalue().split("\r")
@@ -182,10 +182,10 @@ def test_a_long_read_shows_how_much_was_read_and_takes_it_away(monkeypatch):
 
 @pytest.mark.parametrize(("stream", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
 def test_a_pipe_and_a_plain_terminal_show_nothing_of_it(stream, term, monkeypatch):
-    monkeypatch.setattr(_meter, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(_inspect, "_PATIENCE_SECONDS", 0)
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys, "stderr", shown := stream())
-    with _meter.Meter("read") as meter:
+    with _inspect.Meter("read") as meter:
         meter(1)
     assert "" == shown.getvalue()
 
@@ -197,7 +197,7 @@ def test_a_bar_hands_on_what_it_watches_and_is_silent_in_a_pipe(capsys):
 
 def test_values_of_two_files_are_counted_as_they_are_compared(tmp_path, monkeypatch, capsys):
     counted = []
-    monkeypatch.setattr(_meter.Meter, "__call__", lambda _, num_bytes: counted.append(num_bytes))
+    monkeypatch.setattr(_inspect.Meter, "__call__", lambda _, num_bytes: counted.append(num_bytes))
     for name in ("a", "b"):
         save_file({"w": torch.zeros(3)}, tmp_path / f"{name}.safetensors")
     assert 0 == tiepolicy._cli.main(["diff", "--values", *(str(tmp_path / f"{name}.safetensors") for name in "ab")])
@@ -207,7 +207,7 @@ def test_values_of_two_files_are_counted_as_they_are_compared(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("program", "command", "step"),
     [
-        ("tiepolicy", ["plugins"], "tiepolicy._cli.installed_plugins"),
+        ("tiepolicy", ["plugins"], "tiepolicy._cli.default_policy"),
         ("eagle3", ["report", "x"], "eagle3.report.read_runs"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Step 32, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 30, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import difflib
@@ -14,7 +14,7 @@ from typing import NoReturn
 from tiepolicy import _inspect
 from tiepolicy._contents import read_contents
 from tiepolicy._diff import diff, diff_values
-from tiepolicy._meter import Meter
+from tiepolicy._inspect import Meter
 from tiepolicy._policy import default_policy
 from tiepolicy._verify import find_problems
 from tiepolicy.errors import TiePolicyError

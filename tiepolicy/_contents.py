@@ -1,4 +1,4 @@
-"""Step 25, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
+"""Step 24, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping

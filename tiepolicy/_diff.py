@@ -1,4 +1,4 @@
-"""Step 29, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
+"""Step 28, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

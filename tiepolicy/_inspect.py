@@ -1,12 +1,16 @@
-"""Step 30, reporting: what the commands found, as text and as JSON, with every name in full."""
+"""Step 29, reporting: what the commands found, as text and as JSON, with every name in full, and how far they are."""
 
 import json
+import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from tiepolicy._contents import Contents
 from tiepolicy._diff import FILE_DIFFERS, Comparison, Values
@@ -167,7 +171,7 @@ def show_differences(a: Path, b: Path, comparison: Comparison) -> str:
 
 def difference_values(a: Path, b: Path, comparison: Comparison) -> dict[str, Any]:
     """The same for programs; `same` is null where nothing differs and the values are not known."""
-    listed = [{"name": d.name, "kind": d.kind, "a": d.a, "b": d.b} for d in comparison.differences]
+    listed = [asdict(difference) for difference in comparison.differences]
     same = None if not listed and comparison.values is Values.UNKNOWN else not listed
     return {"a": str(a), "b": str(b), "same": same, "values": comparison.values, "differences": listed}
 
@@ -205,18 +209,7 @@ def show_plugins(plugins: Iterable[Plugin]) -> str:
 
 def plugin_values(plugins: Iterable[Plugin]) -> dict[str, Any]:
     """The same for programs."""
-    return {
-        "plugins": [
-            {
-                "name": plugin.name,
-                "module": plugin.module,
-                "hooks": list(plugin.hooks),
-                "distribution": plugin.distribution,
-                "version": plugin.version,
-            }
-            for plugin in plugins
-        ]
-    }
+    return {"plugins": [asdict(plugin) for plugin in plugins]}
 
 
 def error_values(error: TiePolicyError) -> dict[str, Any]:
@@ -257,3 +250,43 @@ def _indented(sentences: Iterable[str]) -> list[str]:
 
 def _refused(contents: Contents) -> tuple[RefusedClaim, ...]:
     return () if contents.plan is None else contents.plan.refused
+
+
+_PATIENCE_SECONDS, _PAUSE_SECONDS = 1.0, 0.2
+
+
+class Meter:
+    """Counts bytes and shows them on standard error, if that is a terminal; takes its line away at the end.
+
+    Args:
+        label: What is being done.
+        total: How many bytes there will be; None if nobody knows.
+    """
+
+    def __init__(self, label: str, *, total: int | None = None) -> None:
+        self._label, self._total = label, total
+        self._count = self._length = 0
+        self._next = time.monotonic() + _PATIENCE_SECONDS
+        self._shows = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if self._length:
+            self._write("")
+
+    def __call__(self, nbytes: int) -> None:
+        """Count bytes that were read."""
+        self._count += nbytes
+        if self._shows and time.monotonic() >= self._next:
+            total = "" if self._total is None else f" of {format_bytes(self._total)}"
+            self._write(f"{self._label}: {format_bytes(self._count)}{total}")
+            self._next = time.monotonic() + _PAUSE_SECONDS
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(f"\r{text.ljust(self._length)}" + ("" if text else "\r"))
+        sys.stderr.flush()
+        self._length = len(text)

@@ -1,17 +1,26 @@
-"""Step 19, plugins: they are registered, asked, and named where one of them fails."""
+"""Step 18, plugins: they are registered, asked, traced, and named where one of them fails.
+
+The trace is on if the environment variable TIEPOLICY_TRACE is set (and is not 0) when a policy is made.
+"""
 
 import contextlib
+import functools
 import itertools
+import os
+import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pluggy
 
-from tiepolicy import _rules, _trace, hookspecs
+from tiepolicy import _rules, hookspecs
+from tiepolicy._claims import Claim, Verdict
+from tiepolicy._conflict import Conflict, Missing
+from tiepolicy._plan import TiePlan
 from tiepolicy.errors import PluginError
 
 _Value = TypeVar("_Value")
@@ -44,9 +53,9 @@ class Plugins:
     def __init__(self, plugins: Iterable[object]) -> None:
         self.manager = pluggy.PluginManager(hookspecs.PROJECT)
         self.manager.add_hookspecs(hookspecs)
-        self._is_traced = _trace.is_wanted()
+        self._is_traced = os.environ.get("TIEPOLICY_TRACE", "0") not in ("", "0")
         if self._is_traced:
-            _trace.trace(self.manager)
+            _trace(self.manager)
         self.manager.register(_rules, name="built-in rules")
         for plugin in plugins:
             self._register(plugin)
@@ -168,3 +177,73 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _trace(manager: pluggy.PluginManager) -> None:
+    """Write every answer to every hook of a manager to stderr, with the plugin that gave it."""
+
+    def before(hook_name: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, object]) -> None:
+        # A list that pluggy copies for each call, and calls next. Only an implementation knows who answered: what
+        # pluggy's own tracing sees is the answer of all.
+        cast("list[pluggy.HookImpl]", implementations)[:] = [
+            implementation
+            if implementation.wrapper or implementation.hookwrapper
+            else _traced(implementation, hook_name, arguments)
+            for implementation in implementations
+        ]
+
+    def after(*_: object) -> None:
+        """What all answered together follows from the lines before."""
+
+    manager.add_hookcall_monitoring(before, after)
+
+
+def _traced(implementation: pluggy.HookImpl, hook_name: str, arguments: Mapping[str, object]) -> pluggy.HookImpl:
+    function: Callable[..., Any] = implementation.function
+
+    @functools.wraps(function)
+    def traced(*values: object, **named: object) -> object:
+        try:
+            answer = function(*values, **named)
+        except Exception as error:
+            _say(hook_name, implementation, arguments, f"raised {type(error).__name__}: {error}")
+            raise
+        if isinstance(answer, Iterator):
+            answer = list(answer)  # it can be read once
+        for line in _lines(answer):
+            _say(hook_name, implementation, arguments, line)
+        return answer
+
+    return pluggy.HookImpl(implementation.plugin, implementation.plugin_name, traced, implementation.opts)
+
+
+def _say(hook_name: str, implementation: pluggy.HookImpl, arguments: Mapping[str, object], answer: str) -> None:
+    about = "".join(
+        f"{_shown(value)}: " for name, value in arguments.items() if name not in ("model", "facts", "claims")
+    )
+    sys.stderr.write(f"tiepolicy: {hook_name} of {implementation.plugin_name}: {about}{answer}\n")
+
+
+def _lines(answer: object) -> list[str]:
+    """One line for each thing that is answered."""
+    if isinstance(answer, list | tuple):
+        return [_shown(item) for item in answer] or ["nothing"]
+    return ["nothing" if answer is None else _shown(answer)]
+
+
+def _shown(value: object) -> str:
+    match value:
+        case Claim(names, source, detail):
+            return f"{' and '.join(names)} ({source}{detail and ', '}{detail})"
+        case Verdict(decision=decision, reason=reason, detail=detail):
+            return f"{decision}, {reason}{detail and ', '}{detail}"
+        case Conflict():
+            return f"{' and '.join(value.names)} ({value.moment}, {value.difference})"
+        case Missing(name=name):
+            return f"{name} (missing)"
+        case tuple():
+            return " and ".join(map(str, value))
+        case TiePlan():
+            return str(value).partition("\n")[0]
+        case _:
+            return str(value)

@@ -16,6 +16,6 @@ from tiepolicy_fsdp2._pipeline import tie_stages as tie_stages
 from tiepolicy_fsdp2._pipeline import verify_stages as verify_stages
 from tiepolicy_fsdp2._shard import ShardOptions as ShardOptions
 from tiepolicy_fsdp2._shard import fully_shard as fully_shard
-from tiepolicy_fsdp2._tensor_parallel import parallelize_module as parallelize_module
+from tiepolicy_fsdp2._shard import parallelize_module as parallelize_module
 from tiepolicy_fsdp2.errors import BrokenTieError as BrokenTieError
 from tiepolicy_fsdp2.errors import ShardingError as ShardingError

@@ -1,4 +1,4 @@
-"""Step 7, pipelines: stages that own one half of a tie keep the two halves equal."""
+"""Step 6, pipelines: stages that own one half of a tie keep the two halves equal."""
 
 import functools
 from collections.abc import Sequence

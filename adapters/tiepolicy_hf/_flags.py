@@ -1,4 +1,4 @@
-"""Step 3, flags: what the tie flags of a model must say for what is really tied, in memory and in `config.json`.
+"""Step 2, flags: what the tie flags of a model must say for what is really tied, in memory and in `config.json`.
 
 A flag that calls tied what is not lets the next `tie_weights()` replace a trained head; one that calls untied what is
 lets the next load fill it with random values. So a flag is true exactly if something that it speaks of is one tensor.
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from tiepolicy import TiePlan, named_modules, observe
-from tiepolicy_hf._declared import FLAG, Declaration, declarations
+from tiepolicy_hf._plugin import FLAG, Declaration, declarations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

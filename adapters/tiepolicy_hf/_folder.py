@@ -1,4 +1,4 @@
-"""Step 4, folders: which files of a Hugging Face folder are its weights, and how a new folder takes its place.
+"""Step 3, folders: which files of a Hugging Face folder are its weights, and how a new folder takes its place.
 
 A folder that exists is never written into: the new one is made whole beside it, takes along what is no part of a model,
 and then the two change places. Whoever looks finds the old checkpoint or the new one, never files of both.

@@ -1,4 +1,4 @@
-"""Step 6, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
+"""Step 5, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Step 7, ties: which names of a model become one parameter while it is read, decided by what was read."""
+"""Step 6, ties: which names of a model become one parameter while it is read, decided by what was read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 import tiepolicy
 from tiepolicy import Conflict, Moment, Policy, TiePlan, first_difference, settle
 from tiepolicy.errors import CheckpointError, TieConflictError
-from tiepolicy_hf._declared import Declaration, declarations
 from tiepolicy_hf._folder import Weights
+from tiepolicy_hf._plugin import Declaration, declarations
 
 #: What becomes of two stored values for what the config calls one tensor.
 OnConflict = Literal["error", "untie", "canonical"]

@@ -1,4 +1,4 @@
-"""Step 5, trust: what of a folder is looked at before transformers opens it, and what is said if it fails at it."""
+"""Step 4, trust: what of a folder is looked at before transformers opens it, and what is said if it fails at it."""
 
 import math
 from collections.abc import Iterator
