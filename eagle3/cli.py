@@ -11,36 +11,22 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from eagle3.commands import DemoConfig, EstimateConfig, EvaluateConfig, ExportConfig, ReportConfig
-from eagle3.config import RunConfig
-from eagle3.errors import ConfigError, Eagle3Error
-from eagle3.terminal import StderrHandler, say
-
 try:
-    from eagle3.manual import help_parser
+    from eagle3.commands import DemoConfig, EstimateConfig, EvaluateConfig, ExportConfig, ReportConfig
+    from eagle3.config import RunConfig
+    from eagle3.errors import ConfigError, Eagle3Error
+    from eagle3.manual import Command, help_parser
     from eagle3.options import read_settings
+    from eagle3.terminal import StderrHandler, say
 except ModuleNotFoundError as error:
-    raise ImportError(f"eagle3 needs {error.name}: pip install 'tiepolicy[eagle3]'") from error
+    sys.exit(f"eagle3: error: {error.name} is missing: pip install 'tiepolicy[eagle3]'")
 
 if TYPE_CHECKING:
     from eagle3.parallel import Ranks
 
 logger = logging.getLogger("eagle3")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """One command: what it is for, what to type behind it, its settings, and what it runs for the exit code."""
-
-    help: str
-    example: str
-    settings: type
-    run: Callable[[Any], int]
-    #: The setting that is given without its name, in front of the options; a list takes all that stands there.
-    unnamed: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +58,7 @@ def _obey(arguments: list[str]) -> int:
     # Bars that end within a second, once per process, only hide the lines that matter.
     transformers_logging.disable_progress_bar()
     try:
-        return command.run(settings)
+        return command.run(settings) or 0
     except TiePolicyError as error:
         return _fail(error)
 
@@ -126,47 +112,41 @@ def _named(command: Command, arguments: Sequence[str]) -> list[str]:
     return [f"--{command.unnamed}={value}", *arguments[len(values) if takes_all else 1 :]]
 
 
-def _vocab(config: RunConfig) -> int:
+def _vocab(config: RunConfig) -> None:
     from eagle3.inputs import write_vocab
 
     _log_to_stderr(logging.INFO)
     write_vocab(config)
-    return 0
 
 
-def _estimate(config: EstimateConfig) -> int:
+def _estimate(config: EstimateConfig) -> None:
     from eagle3.estimate import print_estimate
 
     print_estimate(config)
-    return 0
 
 
-def _demo(config: DemoConfig) -> int:
+def _demo(config: DemoConfig) -> None:
     from eagle3.demo import run_demo
 
     run_demo(config)
-    return 0
 
 
-def _evaluate(config: EvaluateConfig) -> int:
+def _evaluate(config: EvaluateConfig) -> None:
     from eagle3.evaluate import run_evaluate
 
     run_evaluate(config)
-    return 0
 
 
-def _export(config: ExportConfig) -> int:
+def _export(config: ExportConfig) -> None:
     from eagle3.export import run_export
 
     run_export(config)
-    return 0
 
 
-def _draw(config: ReportConfig) -> int:
+def _draw(config: ReportConfig) -> None:
     from eagle3.report import run_report
 
     run_report(config)
-    return 0
 
 
 #: In the order in which a run needs them.

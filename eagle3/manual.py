@@ -6,9 +6,10 @@ It prints `--help` and completion scripts. Settings are read by `options`, which
 import argparse
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Literal, NoReturn, Protocol, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import shtab
 
@@ -25,31 +26,26 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-class Documented(Protocol):
-    """What the help says about a command."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command.
 
-    @property
-    def help(self) -> str:
-        """One sentence."""
-        ...
+    Attributes:
+        help: What it is for, in a sentence.
+        example: What one may type behind its name.
+        settings: The dataclass that it reads.
+        run: Does it, and returns the exit code if that is not 0.
+        unnamed: The setting that is given without its name, in front of the options; a list takes all of these.
+    """
 
-    @property
-    def example(self) -> str:
-        """What one may type behind the command's name."""
-        ...
-
-    @property
-    def settings(self) -> type:
-        """The dataclass that it reads."""
-        ...
-
-    @property
-    def unnamed(self) -> str | None:
-        """The setting that is given without its name, in front of the options."""
-        ...
+    help: str
+    example: str
+    settings: type
+    run: Callable[[Any], int | None]
+    unnamed: str | None = None
 
 
-def help_parser(commands: Mapping[str, Documented]) -> argparse.ArgumentParser:
+def help_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """A parser that knows all commands and settings, to print help, the version and completion scripts.
 
     Args:
@@ -71,7 +67,7 @@ def help_parser(commands: Mapping[str, Documented]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(parser: argparse.ArgumentParser, command: Documented) -> None:
+def _add_command(parser: argparse.ArgumentParser, command: Command) -> None:
     sections = list(described_sections(command.settings))
     usage = [parser.prog]
     for setting in (setting for _, settings in sections for setting in settings if setting.name == command.unnamed):
