@@ -10,14 +10,13 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.futures import Future
 
 from tiepolicy.files import Record, RecordUnpickler, member, record
 from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
@@ -47,37 +46,41 @@ class StoredTensor(NamedTuple):
 
 
 class ArchiveReader(FileSystemReader):
-    """DCP's reader of a local folder, without a copy in between where that is possible."""
+    """DCP's reader of a local folder, which finds first and reads then, without a copy in between where it can."""
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the tensors that the plan asks for, once each was found where the metadata says it is."""
-        left: list[ReadItem] = []
+    def find(self, plan: LoadPlan) -> None:
+        """Find what the plan asks for where the metadata says it is.
+
+        Raises:
+            CheckpointError: If something else is there.
+        """
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        found: dict[str, list[tuple[StoredTensor, ReadItem]]] = {}
-        for name, items in by_file.items():
-            with self._open(name) as file:
-                for item in items:
-                    stored = self._find(file, item)
-                    if stored is None:
-                        left.append(item)
-                    else:
-                        found.setdefault(name, []).append((stored, item))
-        for name, pairs in found.items():
+        self._found = {name: self._find_all(name, items) for name, items in by_file.items()}
+
+    def fill_(self, planner: LoadPlanner) -> None:
+        """Read what was found into the tensors of the planner."""
+        for name, pairs in self._found.items():
             with self._open(name) as file:
                 for_devices: list[Section] = []
                 for stored, item in pairs:
-                    for_devices += _read(file, stored, item, planner)
+                    for_devices += [] if stored is None else _read(file, stored, item, planner)
                 read_(for_devices)
-        return super().read_data(LoadPlan(left, plan.storage_data, plan.planner_data), planner)
+        left = [item for pairs in self._found.values() for stored, item in pairs if stored is None]
+        self.read_data(LoadPlan(left), planner).wait()
+
+    def _find_all(self, name: str, items: Sequence[ReadItem]) -> list[tuple[StoredTensor | None, ReadItem]]:
+        with self._open(name) as file:
+            return [(self._find(file, item), item) for item in items]
 
     def _open(self, name: str) -> BinaryIO:
         return cast("BinaryIO", member(Path(str(self.path)), name).open("rb", buffering=0))
 
     def _find(self, file: BinaryIO, item: ReadItem) -> StoredTensor | None:
         info: _StorageInfo = self.storage_data[item.storage_index]
-        if item.type is LoadItemType.BYTE_IO or info.transform_descriptors:
+        assert item.type is LoadItemType.TENSOR  # what else there may be would be unpickled
+        if info.transform_descriptors:
             return None
         stored = find_tensor(file, info.offset, info.length)
         if stored is None:

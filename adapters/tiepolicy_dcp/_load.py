@@ -1,6 +1,5 @@
-"""Step 18, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 19, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,17 @@ from torch.optim import Optimizer
 import tiepolicy
 from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
-from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, read_digests
+from tiepolicy.files import Verify
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
 from tiepolicy_dcp._extra import TENSORS, VALUES, read_extra
-from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
+from tiepolicy_dcp._folder import MANIFEST, read_manifest
 from tiepolicy_dcp._groups import decode, joined
+from tiepolicy_dcp._intact import IntactFiles
 from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
-from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
+from tiepolicy_dcp._ranks import agreed_plan, on_all_ranks
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
 from tiepolicy_dcp._state import ModelState, OptimizerState, StateEntry, observed
 from tiepolicy_dcp.errors import CheckpointError
-
-logger = logging.getLogger("tiepolicy_dcp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,17 +92,17 @@ def load(
         ManifestError: If the manifest contradicts itself or the metadata.
         CheckpointError: If the folder is no checkpoint, is damaged, or asks for more than reading tensors.
     """
-    folder = Path(folder).absolute()
+    intact = IntactFiles(Path(folder).absolute(), verify=verify)
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external), stages=True)
     model_state = ModelState(model, plan=plan, external=external)
     optimizer_state = None if optimizer is None else OptimizerState(model, optimizer, plan=plan)
-    return _restore(folder, model_state, optimizer_state, verify=verify)
+    return _restore(intact, model_state, optimizer_state)
 
 
-def _restore(folder: Path, model: ModelState, optimizer: OptimizerState | None, *, verify: Verify) -> Restored:
+def _restore(intact: IntactFiles, model: ModelState, optimizer: OptimizerState | None) -> Restored:
     plan = model.plan
     live, entries = observed(model, optimizer)
-    found = _check(folder, plan, entries, external=model.external or {}, verify=verify)
+    found = _check(intact, plan, entries, external=model.external or {})
     model_actions = settle_model(found.stored, found.actions, live=live, taken=found.taken, plan=plan)
     places = {name: entry.place for name, entry in entries.items()}
     states = {name: entry.tensor for name, entry in entries.items()}
@@ -129,53 +127,35 @@ class _Found:
     optimizer_actions: Sequence[Action]
 
 
-def _check(
-    folder: Path, plan: TiePlan, entries: Mapping[str, StateEntry], *, external: Owners, verify: Verify
-) -> _Found:
+def _check(intact: IntactFiles, plan: TiePlan, entries: Mapping[str, StateEntry], *, external: Owners) -> _Found:
     """Look at everything but the tensors. Called by all ranks; an error on one is an error on all."""
+    folder = intact.folder
     found: list[_Found] = []
 
-    def check() -> None:
-        try:
-            look()
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be read: {error}. Nothing was loaded") from error
-
     def look() -> None:
-        records = None if verify == "off" else _records(folder)
-        names = sorted(records or {})[rank() :: num_ranks()]
-        if verify == "full" and not all(record.digest for record in (records or {}).values()):
-            logger.warning("%s was saved without digests: only the sizes of its files are checked", folder)
-        check_files(folder, records or {}, names, verify=verify, advice="Load an earlier checkpoint")
-        stored = StoredTensors(folder)
-        check_recorded(folder, records, (METADATA, MANIFEST, VALUES, TENSORS, *stored.files))
+        intact.expect((MANIFEST, VALUES, TENSORS))
+        stored = StoredTensors(folder, intact)
         actions = reconcile(plan, _saved(folder, stored.specs("model.")))
         taken = {action.name: take(action.external, external) for action in actions if action.external is not None}
-        optimizer_actions = reconcile_optimizer(entries, stored, SavedNames(actions, plan))
-        extra = read_extra(folder) if (folder / MANIFEST).exists() else {}
         found.append(
             _Found(
                 stored=stored,
-                extra=extra,
+                extra=read_extra(folder) if (folder / MANIFEST).exists() else {},
                 actions=actions,
                 taken=taken,
-                optimizer_actions=optimizer_actions,
+                optimizer_actions=reconcile_optimizer(entries, stored, SavedNames(actions, plan)),
             )
         )
 
+    def check() -> None:
+        try:
+            with intact.explaining():
+                look()
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read: {error}. Nothing was loaded") from error
+
     on_all_ranks(check)
     return found[0]
-
-
-def _records(folder: Path) -> Mapping[str, FileRecord] | None:
-    """What was recorded of the files; None of a checkpoint that was written without a manifest, by plain DCP."""
-    records = read_digests(folder)
-    if records is None and (folder / MANIFEST).exists():
-        raise CheckpointError(
-            f"{folder / DIGESTS} is missing: a part of the checkpoint was lost. Nothing was loaded. To load it "
-            'unchecked, pass verify="off"'
-        )
-    return records
 
 
 def _saved(folder: Path, stored: Mapping[str, TensorSpec]) -> TiePlan | Mapping[str, TensorSpec]:

@@ -1,31 +1,27 @@
-"""Step 8, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
+"""Step 9, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
-import io
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from tiepolicy import TensorSpec
 from tiepolicy.files import ChunkedTensor, read_sharded_metadata
 from tiepolicy_dcp._archives import ArchiveReader
-from tiepolicy_dcp._ranks import all_present, is_distributed, num_ranks, rank
-from tiepolicy_dcp.errors import CheckpointError, UntrustedCheckpointError
+from tiepolicy_dcp._folder import METADATA
+from tiepolicy_dcp._intact import IntactFiles
+from tiepolicy_dcp._ranks import num_ranks, on_all_ranks, rank
+from tiepolicy_dcp.errors import CheckpointError
 
 
 class StoredTensors:
@@ -33,20 +29,21 @@ class StoredTensors:
 
     Args:
         folder: The checkpoint.
+        intact: Whether its files are damaged.
 
     Raises:
         CheckpointError: If it has no metadata, or it is damaged.
         UntrustedCheckpointError: If it names anything but the parts of tensor metadata, or a file elsewhere.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, intact: IntactFiles) -> None:
         self.folder = folder
+        self.intact = intact
         found = read_sharded_metadata(folder, files=slice(rank(), None, num_ranks()))
         self._tensors = found.tensors
         #: Names of entries that are pickled objects, which are never read.
         self.objects = found.objects
-        #: Names of the files that hold tensors.
-        self.files = {place.file for place in found.places}
+        intact.expect({METADATA, *(place.file for place in found.places)})
         self._places: dict[str, list[tuple[tuple[int, ...] | None, int | None, _StorageInfo]]] = {}
         for place in found.places:
             info = _StorageInfo(place.file, place.start, place.length, place.transforms or None)
@@ -81,48 +78,41 @@ class StoredTensors:
 def read_tensors(stored: StoredTensors, targets: Mapping[str, tuple[str, torch.Tensor]]) -> None:
     """Read stored tensors into live ones, in place. Called by all ranks, each with what it wants.
 
+    Nothing is changed on any rank before every rank has found what it wants, in files that were checked.
+
     Args:
         stored: The checkpoint.
         targets: The stored name and the tensor to read it into, by a name for each; whole tensors only.
 
     Raises:
-        CheckpointError: On every rank, if one rank could not read.
+        CheckpointError: On every rank, if one rank could not read, or a file is damaged.
     """
-    sources = {name: source for name, (source, _) in targets.items()}
-    state: dict[str, Any] = {name: tensor for name, (_, tensor) in targets.items()}
-    reader, planner = _SafeReader(stored, sources), _TensorLoadPlanner()
+    metadata = stored.metadata({name: source for name, (source, _) in targets.items()})
+    reader, planner = ArchiveReader(stored.folder), DefaultLoadPlanner(flatten_state_dict=False)
+
+    def find() -> None:
+        with stored.intact.explaining(), _naming(stored.folder):
+            planner.set_up_planner({name: tensor for name, (_, tensor) in targets.items()}, metadata)
+            reader.set_up_storage_reader(metadata, is_coordinator=False)
+            reader.find(planner.create_local_plan())
+        stored.intact.check()
+
+    def fill() -> None:
+        with _naming(stored.folder):
+            reader.fill_(planner)
+
+    # DCP's own load would send every plan to one rank and back, where nothing is changed.
+    on_all_ranks(find)
+    on_all_ranks(fill)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings(), all_present():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp_load(state, storage_reader=reader, planner=planner, no_dist=not is_distributed())
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{stored.folder} could not be read: {type(cause).__name__}: {cause}") from error
-
-
-class _SafeReader(ArchiveReader):
-    """DCP's reader of a local folder, for checkpoints of unknown origin."""
-
-    def __init__(self, stored: StoredTensors, sources: Mapping[str, str]) -> None:
-        super().__init__(stored.folder)
-        self._found = stored.metadata(sources)
-
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """What was read of `.metadata` already."""
-        self._found.storage_meta = StorageMeta(load_id=self.load_id)
-        return self._found
-
-
-class _TensorLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner without the entries that it would unpickle."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: ARG002 - the name is DCP's
-        """Refuse.
-
-        Raises:
-            UntrustedCheckpointError: Always; every value in a checkpoint of this library is a tensor or JSON.
-        """
-        raise UntrustedCheckpointError(f"{read_item.dest_index.fqn} is a pickled object, and pickles are never run")
+        yield
+    except Exception as error:  # damaged bytes can raise anything
+        cause = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{folder} could not be read: {cause}{error}") from error
 
 
 def _tensor_metadata(tensor: ChunkedTensor) -> TensorStorageMetadata:
