@@ -1,4 +1,4 @@
-"""Step 46: what one device spends on an optimizer step of a run: bytes by what they are for, and seconds."""
+"""Step 45: what one device spends on an optimizer step of a run: bytes by what they are for, and seconds."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Step 29: what a run measures: sums that become means once, at the end, and the places where they are written."""
+"""Step 29: what a run measures: sums that become means once, at the end; where they are written, and shown."""
 
 import importlib
 import io
@@ -6,14 +6,25 @@ import json
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
@@ -231,3 +242,84 @@ def _import_wandb() -> Any:
             "log.wandb is set, but the package wandb is not installed. Install it with `pip install wandb`, or leave "
             "out log.wandb; metrics.jsonl and TensorBoard need nothing."
         ) from error
+
+
+logger = logging.getLogger("eagle3")
+
+
+class Display:
+    """Shows how training goes: on a terminal as a bar under the log, elsewhere as log lines that a person can grep.
+
+    Args:
+        ranks: Only the first shows anything.
+        depth: Steps of the unroll.
+        console: Where to; standard error if not given.
+    """
+
+    def __init__(self, ranks: Ranks, *, depth: int, console: Console | None = None) -> None:
+        self.depth = depth
+        console = console or Console(file=sys.stderr)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        visible = ranks.is_first and console.is_terminal
+        self._bar = Progress(*columns, console=console, transient=True) if visible else None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=None, numbers="")
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, *, step: int, num_steps: int) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, total=num_steps)
+
+    def show_training(
+        self, measurement: Measurement, *, epoch: int, step: int, num_steps: int, lr: float, speed: float
+    ) -> None:
+        """Shows the means since the last line.
+
+        Args:
+            measurement: The means.
+            epoch: From 1.
+            step: Of the whole run, from 1.
+            num_steps: Of the whole run.
+            lr: Learning rate of the last step.
+            speed: Tokens per second of all processes.
+        """
+        if self._bar is not None:
+            numbers = (
+                f"loss {measurement.loss:.4f}  accept length {measurement.accept_length:.2f} of {self.depth}  "
+                f"{speed:,.0f} tokens/s"
+            )
+            self._bar.update(self._task, description=f"epoch {epoch}", numbers=numbers)
+            return
+        logger.info(
+            "epoch %d step %d/%d: loss %.4f, accuracy %s, accept length %.2f of %d, learning rate %.3g, %.0f tokens/s",
+            *(epoch, step, num_steps, measurement.loss, _shares(measurement.accuracy), measurement.accept_length),
+            *(self.depth, lr, speed),
+        )
+
+    def show_validation(self, measurement: Measurement, *, step: int) -> None:
+        """Shows a look at the validation data."""
+        logger.info(
+            "validation at step %d: loss %.4f, accuracy %s, accept length %.2f of %d",
+            *(step, measurement.loss, _shares(measurement.accuracy), measurement.accept_length, self.depth),
+        )
+
+
+def _shares(values: list[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)

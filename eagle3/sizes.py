@@ -1,4 +1,4 @@
-"""Step 44: how large one training step is: its tokens, the rows and pairs that carry loss, and the widths they have."""
+"""Step 43: how large one training step is: its tokens, the rows and pairs that carry loss, and the widths they have."""
 
 from dataclasses import dataclass
 

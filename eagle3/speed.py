@@ -1,4 +1,4 @@
-"""Step 45: how long a step takes on a GPU: operations and bytes by part, at the share of the peak that each reaches.
+"""Step 44: how long a step takes on a GPU: operations and bytes by part, at the share of the peak that each reaches.
 
 The parts are those of the fused step, which computes rows that carry loss only, and a teacher row once for all steps.
 """

@@ -1,4 +1,4 @@
-"""Step 34: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
+"""Step 33: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
 
 import logging
 import os
@@ -19,10 +19,9 @@ from eagle3.flat import FlatWeights
 from eagle3.fused_scorer import FusedScorer, fp8_obstacle, obstacle
 from eagle3.inputs import RunInputs, Target, choose_vocab, open_inputs
 from eagle3.loss import Objective
-from eagle3.metrics import Measurement, MetricsLog, Sums
+from eagle3.metrics import Display, Measurement, MetricsLog, Sums
 from eagle3.optimizer import DraftOptimizer, FlatDraftOptimizer
 from eagle3.parallel import Ranks, StopRequest, all_present, stop_on_signals
-from eagle3.progress import Display
 from eagle3.step import AutogradScorer, Scorer, StepResult, Watch, take_step
 from eagle3.tokens import EncodedData
 from eagle3.unroll import TrainingTimeTest

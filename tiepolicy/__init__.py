@@ -13,6 +13,7 @@ from tiepolicy._conflict import Moment as Moment
 from tiepolicy._conflict import Resolution as Resolution
 from tiepolicy._conflict import Way as Way
 from tiepolicy._conflict import settle as settle
+from tiepolicy._display import format_bytes as format_bytes
 from tiepolicy._evidence import View as View
 from tiepolicy._external import ExternalTie as ExternalTie
 from tiepolicy._external import Owners as Owners
@@ -35,7 +36,6 @@ from tiepolicy._reconcile import Action as Action
 from tiepolicy._reconcile import ActionKind as ActionKind
 from tiepolicy._reconcile import reconcile as reconcile
 from tiepolicy._retie import Keep as Keep
-from tiepolicy._table import format_bytes as format_bytes
 from tiepolicy._values import content_digest as content_digest
 from tiepolicy._values import first_difference as first_difference
 from tiepolicy._values import view_of as view_of

@@ -1,4 +1,4 @@
-"""Step 31, `python -m tiepolicy`: the commands of `tiepolicy`."""
+"""Step 30, `python -m tiepolicy`: the commands of `tiepolicy`."""
 
 import sys
 

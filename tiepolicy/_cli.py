@@ -1,4 +1,4 @@
-"""Step 30, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
+"""Step 29, commands: `tiepolicy inspect`, `diff`, `verify` and `plugins`."""
 
 import argparse
 import difflib

@@ -1,4 +1,4 @@
-"""Step 24, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
+"""Step 23, contents: what a checkpoint on disk holds and which of its names are one tensor, from headers alone."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -239,7 +239,7 @@ def recorded_aliases(headers: Iterable[Header]) -> dict[str, str]:
 
 def plain(spec: TensorSpec) -> tuple[tuple[int, ...], str]:
     """Shape and dtype as headers have them."""
-    return spec.shape, str(spec.dtype).removeprefix("torch.")
+    return spec.shape, spec.dtype_name
 
 
 def _read_dcp(folder: Path) -> Contents:

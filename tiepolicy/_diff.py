@@ -1,4 +1,4 @@
-"""Step 28, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
+"""Step 27, comparing: what two checkpoints hold under which names, and which of these are one tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

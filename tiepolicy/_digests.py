@@ -1,4 +1,4 @@
-"""Step 25, digests: the files of a checkpoint held against what was recorded of them when they were written.
+"""Step 24, digests: the files of a checkpoint held against what was recorded of them when they were written.
 
 XXH3 with 128 bits finds accidents at the speed of memory. It is no signature: who can change a file can change its
 digest.

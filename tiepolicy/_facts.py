@@ -24,6 +24,11 @@ class TensorSpec(NamedTuple):
             num_elements *= size
         return num_elements * self.dtype.itemsize
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as headers have it: `float32`."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 class Specs(Mapping[str, TensorSpec]):
     """Global shape and dtype of every name, sorted by name.

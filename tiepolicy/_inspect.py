@@ -1,4 +1,4 @@
-"""Step 29, reporting: what the commands found, as text and as JSON, with every name in full, and how far they are."""
+"""Step 28, reporting: what the commands found, as text and as JSON, with every name in full, and how far they are."""
 
 import json
 import os
@@ -15,12 +15,11 @@ from typing import Any, Self
 from tiepolicy._contents import Contents
 from tiepolicy._diff import FILE_DIFFERS, Comparison, Values
 from tiepolicy._digests import read_digests
+from tiepolicy._display import Link, LinkKind, columns, count, draw, format_bytes, refusal_link
+from tiepolicy._display import printable as printable
 from tiepolicy._external import ExternalTie
 from tiepolicy._groups import RefusedClaim
-from tiepolicy._picture import Kind, Link, draw, refusal_link
 from tiepolicy._plugins import Plugin
-from tiepolicy._table import columns, count, format_bytes
-from tiepolicy._table import printable as printable
 from tiepolicy.errors import TiePolicyError
 
 #: Columns that every sentence fits where nothing is said about the terminal, if no single word is longer.
@@ -91,11 +90,11 @@ def draw_contents(contents: Contents) -> str:
     for alias, (canonical, reason) in contents.aliases().items():
         groups.setdefault(canonical, []).append((alias, reason))
     links = [
-        Link(kind=Kind.TIED, left=(canonical, _what(contents, canonical)), right=aliases)
+        Link(kind=LinkKind.TIED, left=(canonical, _what(contents, canonical)), right=aliases)
         for canonical, aliases in sorted(groups.items())
     ]
     links += [
-        Link(kind=Kind.EXTERNAL, left=(tie.source, ""), right=[(name, _what(contents, name))])
+        Link(kind=LinkKind.EXTERNAL, left=(tie.source, ""), right=[(name, _what(contents, name))])
         for name, tie in contents.external().items()
     ]
     links += [refusal_link(refusal, contents.prefix) for refusal in _refused(contents)]

@@ -1,4 +1,4 @@
-"""Step 32, laws: what holds for every plugin, as checks of one plugin on one model."""
+"""Step 31, laws: what holds for every plugin, as checks of one plugin on one model."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator

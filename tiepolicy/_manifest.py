@@ -1,4 +1,4 @@
-"""Step 14, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
+"""Step 13, keeping: a plan as versioned JSON, written into a checkpoint and read back without trust.
 
 A name in a manifest may become part of a path or a line in a log, so it holds no path separator and no control
 character; a plan with such names works, but has no manifest. A key that this version does not know is refused: what it
@@ -49,7 +49,7 @@ def write(
     written: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "tensors": {name: [list(spec.shape), str(spec.dtype).removeprefix("torch.")] for name, spec in tensors.items()},
+        "tensors": {name: [list(spec.shape), spec.dtype_name] for name, spec in tensors.items()},
         "groups": [
             {"canonical": group.canonical, "aliases": [_write_alias(alias) for alias in group.aliases]}
             for group in groups

@@ -1,4 +1,4 @@
-"""Step 23, reading DCP's metadata: a pickle becomes plain records of tensors, and nothing that it names is run.
+"""Step 22, reading DCP's metadata: a pickle becomes plain records of tensors, and nothing that it names is run.
 
 Format: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.13.
 """

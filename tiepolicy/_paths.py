@@ -1,4 +1,4 @@
-"""Step 13, opening: the files of a checkpoint, no file outside its folder, and none that is larger than honest ones."""
+"""Step 12, opening: the files of a checkpoint, no file outside its folder, and none that is larger than honest ones."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Step 22, pickles without trust: one becomes plain records, runs nothing, and costs no more than it is long."""
+"""Step 21, pickles without trust: one becomes plain records, runs nothing, and costs no more than it is long."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Step 15, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
+"""Step 14, the plan: all tied groups and all refused claims of one model, and what can be done with them."""
 
 import functools
 import hashlib
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tiepolicy import _manifest, _picture, _table
+from tiepolicy import _display, _manifest
 from tiepolicy._claims import Reason, Verdict
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle, unresolved
 from tiepolicy._external import ExternalTie, Owners, check_digest, take
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import Alias, Companion, RefusedClaim, TieGroup, holds, is_one
 from tiepolicy._observe import Facts, TensorSource, observe
-from tiepolicy._retie import Keep, share
+from tiepolicy._retie import Keep, check_present, share
 from tiepolicy._values import first_difference, view_of
-from tiepolicy.errors import BrokenTieError, MissingTensorError, ShapeMismatchError
+from tiepolicy.errors import BrokenTieError, ShapeMismatchError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +70,7 @@ class TiePlan:
         return hash((self.groups, self.refused, self.external, self.companions))
 
     def __str__(self) -> str:
-        return _table.render(
+        return _display.render(
             self.tensors, self.groups, self.refused, self.external, self.companions, bytes_saved=self.bytes_saved
         )
 
@@ -242,7 +242,7 @@ class TiePlan:
         facts = observe(model)
         for group in self.groups:
             for alias in group.aliases:
-                _check_present((alias.name, group.canonical), facts)
+                check_present((alias.name, group.canonical), facts)
                 broken = _break(group, alias, facts, after)
                 if broken is not None:
                     raise BrokenTieError(broken, names=[alias.name, group.canonical])
@@ -280,9 +280,9 @@ class TiePlan:
             An SVG document of at most 800 pixels' width, legible on light and dark pages, with a title and a
             description for those who do not see it.
         """
-        summary = _table.summary(len(self.tensors), len(self.groups), len(self.refused), bytes_saved=self.bytes_saved)
-        links = _picture.links_of(self.tensors, self.groups, self.refused, self.external)
-        return _picture.draw(summary, links, [str(companion) for companion in self.companions])
+        summary = _display.summary(len(self.tensors), len(self.groups), len(self.refused), bytes_saved=self.bytes_saved)
+        links = _display.links_of(self.tensors, self.groups, self.refused, self.external)
+        return _display.draw(summary, links, [str(companion) for companion in self.companions])
 
     def to_manifest(self) -> dict[str, Any]:
         """The plan as JSON-ready values; `from_manifest` reads it.
@@ -347,16 +347,6 @@ def _break(group: TieGroup, alias: Alias, facts: Facts, after: str) -> str | Non
             "before the optimizer is built"
         )
     return None
-
-
-def _check_present(names: tuple[str, ...], facts: Facts) -> None:
-    missing = [name for name in names if name not in facts]
-    if missing:
-        raise MissingTensorError(
-            f"{' and '.join(missing)} of the tied {' and '.join(names)} is not in the model: it is another model than "
-            "the plan was made for",
-            names=missing,
-        )
 
 
 def _check_shape(name: str, tensor: torch.Tensor, planned: TensorSpec) -> None:

@@ -1,4 +1,4 @@
-"""Step 18, plugins: they are registered, asked, traced, and named where one of them fails.
+"""Step 17, plugins: they are registered, asked, traced, and named where one of them fails.
 
 The trace is on if the environment variable TIEPOLICY_TRACE is set (and is not 0) when a policy is made.
 """

@@ -1,4 +1,4 @@
-"""Step 19, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
+"""Step 18, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Step 20, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
+"""Step 19, reconciling: a live plan against what a checkpoint holds becomes a list of actions, or one clear error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Step 10, tying: names of a live module become one tensor, once it is known that no value is lost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,7 +63,8 @@ def share(
         raise ValueError(f'keep is {keep!r}; it is "canonical", or None to compare the values')
     places = _places(model)
     for group in groups:
-        _check_present(group, places)
+        check_present(group.names, places)
+        _check_shapes(group, places)
     changes = [
         _change(group, {name: places[name][0].tensor for name in group.names}, holds, keep, moment, resolver)
         for group in groups
@@ -162,13 +163,21 @@ def _put(place: _Place, tensor: torch.Tensor) -> None:
     setattr(place.module, place.attribute, tensor)
 
 
-def _check_present(group: TieGroup, places: dict[str, list[_Place]]) -> None:
-    missing = [name for name in group.names if name not in places]
+def check_present(tied: Sequence[str], present: Container[str]) -> None:
+    """Refuse a model that lacks one of some `tied` names.
+
+    Raises:
+        MissingTensorError: If one is not among those that are `present`.
+    """
+    missing = [name for name in tied if name not in present]
     if missing:
         raise MissingTensorError(
-            f"{' and '.join(missing)} of the tied {' and '.join(group.names)} is not in the model: it is another model "
-            "than the plan was made for, or a part of it; plan the part",
+            f"{' and '.join(missing)} of the tied {' and '.join(tied)} is not in the model: it is another model than "
+            "the plan was made for, or a part of it; plan the part",
             names=missing,
         )
+
+
+def _check_shapes(group: TieGroup, places: dict[str, list[_Place]]) -> None:
     if len({places[alias.name][0].tensor.shape for alias in group.aliases if alias.view is None}) > 1:
         raise TiePolicyError(f"{list(group.names)} no longer have one shape and cannot be tied", names=group.names)

@@ -1,4 +1,4 @@
-"""Step 17, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
+"""Step 16, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
 
 from collections.abc import Hashable, Iterable
 

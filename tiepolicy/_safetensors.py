@@ -1,4 +1,4 @@
-"""Step 21, headers: what a safetensors file holds, checked against its size, without reading a tensor.
+"""Step 20, headers: what a safetensors file holds, checked against its size, without reading a tensor.
 
 Format: safetensors, README.md "Format" at 24b0b285: eight bytes of length, a JSON header, then the bytes of the tensors
 without gaps.

@@ -1,4 +1,4 @@
-"""Step 27, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
+"""Step 26, verifying: the files of a checkpoint held against each other; every problem found is one sentence."""
 
 import functools
 import hashlib

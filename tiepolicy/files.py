@@ -1,4 +1,4 @@
-"""Step 26, for adapters: the files of a checkpoint, read without trust and held against their digests."""
+"""Step 25, for adapters: the files of a checkpoint, read without trust and held against their digests."""
 
 from tiepolicy._digests import DIGESTS as DIGESTS
 from tiepolicy._digests import Digest as Digest

@@ -1,4 +1,4 @@
-"""Step 16, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
+"""Step 15, the questions a plugin may answer: implement them with `tiepolicy.hookimpl`, naming only what you need.
 
 A plugin is any object or module with functions of these names:
 

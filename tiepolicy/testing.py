@@ -1,4 +1,4 @@
-"""Step 33, for authors of plugins: models to test with, and a check of the laws. Needs `tiepolicy[testing]`.
+"""Step 32, for authors of plugins: models to test with, and a check of the laws. Needs `tiepolicy[testing]`.
 
 from tiepolicy.testing import check_plugin
 

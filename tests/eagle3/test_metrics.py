@@ -11,8 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eagle3.config import DataConfig, LogConfig, RunConfig, TargetConfig
 from eagle3.errors import ConfigError
 from eagle3.loss import StepCounts
-from eagle3.metrics import Measurement, MetricsLog, Sums
-from eagle3.progress import Display
+from eagle3.metrics import Display, Measurement, MetricsLog, Sums
 from eagle3_runs import ALONE
 
 MEASUREMENT = Measurement(loss=2.5, accuracy=[0.5, 0.25], accepted=[0.5, 0.125], accept_length=0.625)

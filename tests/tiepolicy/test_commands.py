@@ -19,9 +19,9 @@ import tiepolicy_hf
 from models import FlaggedPair, TiedPair, tiny_llama
 from tiepolicy import _contents
 from tiepolicy._cli import main
+from tiepolicy._display import columns
 from tiepolicy._inspect import WIDTH, printable
 from tiepolicy._policy import default_policy
-from tiepolicy._table import columns
 from tiepolicy.files import read_header
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"

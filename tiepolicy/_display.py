@@ -1,6 +1,7 @@
-"""Step 12, drawing: what is one tensor and what is not, as a small SVG picture that is also readable as text."""
+"""Step 11, showing: a plan as a table for people, and as a small SVG picture that is also readable as text."""
 
 import html
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,101 @@ from enum import StrEnum
 
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
-from tiepolicy._groups import Alias, RefusedClaim, TieGroup
-from tiepolicy._table import format_bytes, printable
+from tiepolicy._groups import Alias, Companion, RefusedClaim, TieGroup
+
+#: Characters below which a column is not made narrower.
+_MIN_COLUMN = 8
+
+
+def render(
+    tensors: Mapping[str, TensorSpec],
+    groups: Sequence[TieGroup],
+    refused: Sequence[RefusedClaim],
+    external: Sequence[ExternalTie] = (),
+    companions: Sequence[Companion] = (),
+    *,
+    bytes_saved: int,
+) -> str:
+    """The groups with what each saves, what other models own, companions, and every refused claim as a sentence."""
+    parts = [summary(len(tensors), len(groups), len(refused), bytes_saved=bytes_saved)]
+    if groups:
+        rows: list[tuple[str, ...]] = [("stored", "also named", "shape", "dtype", "saved", "because")]
+        rows += [row for group in groups for row in _rows(group, tensors)]
+        parts.append(columns(rows))
+    if external:
+        rows = [("belongs to", "name here", "shape", "dtype", "digest")]
+        parts.append(columns(rows + [_external_row(tie, tensors) for tie in external]))
+    if companions:
+        parts.append("\n".join(["companions", *(f"  {companion}" for companion in companions)]))
+    if refused:
+        parts.append("\n".join(["refused", *(f"  {refusal}" for refusal in refused)]))
+    return "\n\n".join(parts)
+
+
+def summary(num_tensors: int, num_groups: int, num_refused: int, *, bytes_saved: int) -> str:
+    """The first line of a plan: `2 tensors, 1 tied group (48 B saved), 0 claims refused`."""
+    counts = f"{count(num_tensors, 'tensor')}, {count(num_groups, 'tied group')}"
+    return f"{counts} ({format_bytes(bytes_saved)} saved), {count(num_refused, 'claim')} refused"
+
+
+def format_bytes(count: int) -> str:
+    """A `count` of bytes with three significant digits in decimal units: `525 MB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _rows(group: TieGroup, tensors: Mapping[str, TensorSpec]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for position, alias in enumerate(group.aliases):
+        spec = tensors[alias.name]
+        rows.append(
+            (
+                group.canonical if position == 0 else "",
+                alias.name,
+                str(spec.shape),
+                spec.dtype_name,
+                format_bytes(spec.nbytes),
+                alias.reason.value,
+            )
+        )
+    return rows
+
+
+def _external_row(tie: ExternalTie, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    spec = tensors[tie.name]
+    dtype = spec.dtype_name
+    return tie.source, tie.name, str(spec.shape), dtype, tie.digest[:12] if tie.digest else "none, so stored"
+
+
+def columns(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str:
+    """Lines of aligned cells; to fit a width, cells of the widest columns go on in further lines, set in."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _MIN_COLUMN:
+        widths[widths.index(max(widths))] -= 1
+    return "\n".join(
+        "  ".join(part.ljust(size) for part, size in zip(line, widths, strict=True)).rstrip()
+        for row in rows
+        for line in itertools.zip_longest(*map(_folded, row, widths), fillvalue="")
+    )
+
+
+def _folded(cell: str, width: int) -> list[str]:
+    return [cell] if len(cell) <= width else textwrap.wrap(cell, width, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def printable(text: str) -> str:
+    """A text in ASCII without control characters: names come from files, and go to terminals and pictures."""
+    escaped = text.encode("ascii", "backslashreplace").decode()
+    return "".join(character if " " <= character <= "~" else f"\\x{ord(character):02x}" for character in escaped)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
 
 # In pixels. Names are set in a font whose characters are all as wide.
 _WIDTH, _MARGIN, _BOX_WIDTH, _BOX_HEIGHT = 800, 24, 330, 44
@@ -19,7 +113,7 @@ _NAME_CHARACTERS, _SENTENCE_CHARACTERS = 39, 112
 _MOST = 20
 
 
-class Kind(StrEnum):
+class LinkKind(StrEnum):
     """What connects the two sides of a link."""
 
     TIED = "tied"
@@ -28,9 +122,9 @@ class Kind(StrEnum):
 
 
 _HEADINGS = {
-    Kind.TIED: "One tensor: stored once, under the name on the left",
-    Kind.EXTERNAL: "Belongs to another model",
-    Kind.REFUSED: "Claimed to be one tensor, and refused",
+    LinkKind.TIED: "One tensor: stored once, under the name on the left",
+    LinkKind.EXTERNAL: "Belongs to another model",
+    LinkKind.REFUSED: "Claimed to be one tensor, and refused",
 }
 
 # Fonts and colours of its own, in light and in dark: the page around it may have either.
@@ -55,7 +149,7 @@ path.refused, path.cross { stroke: #f85149; }
 class Link:
     """A name, and the names that are, or are not, the same tensor."""
 
-    kind: Kind
+    kind: LinkKind
     #: Name, and what stands below it.
     left: tuple[str, str]
     right: Sequence[tuple[str, str]]
@@ -77,7 +171,7 @@ def draw(summary: str, links: Sequence[Link], notes: Sequence[str] = ()) -> str:
     """
     canvas = _Canvas()
     canvas.line(summary, "head")
-    for kind in Kind:
+    for kind in LinkKind:
         shown = [link for link in links if link.kind is kind]
         if shown:
             canvas.skip()
@@ -102,14 +196,14 @@ def links_of(
     """The links of a plan."""
     links = [
         Link(
-            kind=Kind.TIED,
+            kind=LinkKind.TIED,
             left=(group.canonical, what(tensors[group.canonical])),
             right=[(alias.name, _because(alias)) for alias in group.aliases],
         )
         for group in groups
     ]
     links += [
-        Link(kind=Kind.EXTERNAL, left=(tie.source, _digest(tie)), right=[(tie.name, what(tensors[tie.name]))])
+        Link(kind=LinkKind.EXTERNAL, left=(tie.source, _digest(tie)), right=[(tie.name, what(tensors[tie.name]))])
         for tie in external
     ]
     return [*links, *map(refusal_link, refused)]
@@ -126,12 +220,12 @@ def refusal_link(refusal: RefusedClaim, prefix: str = "") -> Link:
         (prefix + name, "absent" if shape is None else str(shape))
         for name, shape in zip(refusal.claim.names, refusal.shapes, strict=True)
     )
-    return Link(kind=Kind.REFUSED, left=left, right=[right], sentence=str(refusal))
+    return Link(kind=LinkKind.REFUSED, left=left, right=[right], sentence=str(refusal))
 
 
 def what(spec: TensorSpec) -> str:
     """Shape, dtype and size in a few words."""
-    return f"{spec.shape} {str(spec.dtype).removeprefix('torch.')}, {format_bytes(spec.nbytes)}"
+    return f"{spec.shape} {spec.dtype_name}, {format_bytes(spec.nbytes)}"
 
 
 def _because(alias: Alias) -> str:
@@ -145,9 +239,9 @@ def _digest(tie: ExternalTie) -> str:
 def _described(link: Link) -> str:
     """A link as a sentence."""
     names = " and ".join(name for name, _ in link.right)
-    if link.kind is Kind.REFUSED:
+    if link.kind is LinkKind.REFUSED:
         return link.sentence
-    if link.kind is Kind.EXTERNAL:
+    if link.kind is LinkKind.EXTERNAL:
         return f"{names} is {link.left[0]}, which belongs to another model"
     return f"{names} {'is' if len(link.right) == 1 else 'are'} {link.left[0]}, which is stored ({link.left[1]})"
 
@@ -176,14 +270,14 @@ class _Canvas:
         """The box on the left, those on the right below each other, and lines between them."""
         right = _WIDTH - _MARGIN - _BOX_WIDTH
         middle, start = self.y + _BOX_HEIGHT // 2, _MARGIN + _BOX_WIDTH
-        styles = {Kind.TIED: ("stored", "alias"), Kind.EXTERNAL: ("external", "alias")}
+        styles = {LinkKind.TIED: ("stored", "alias"), LinkKind.EXTERNAL: ("external", "alias")}
         left_style, right_style = styles.get(link.kind, ("refused", "refused"))
         top = self.y
         for name, note in link.right:
             end = self.y + _BOX_HEIGHT // 2
             bend = (start + right) // 2
             self.elements.append(f'<path class="{link.kind}" d="M{start} {middle}H{bend}V{end}H{right}"/>')
-            if link.kind is Kind.REFUSED:
+            if link.kind is LinkKind.REFUSED:
                 self.elements.append(f'<path class="cross" d="M{bend - 6} {end - 6}l12 12m0 -12l-12 12"/>')
             self._box(right, self.y, name, note, right_style)
             self.y += _BOX_HEIGHT + 8
