@@ -60,8 +60,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         shared = [temporary]
         dist.broadcast_object_list(shared)
-        folder = tiepolicy_dcp.save(f"{shared[0]}/step_3", model=stage, plan=plan)
-        tiepolicy_dcp.load(folder, model=stage)  # each stage finds its half under the one stored name
+        folder = tiepolicy_dcp.save(f"{shared[0]}/step_3", model=stage, optimizer=optimizer, plan=plan)
+        tiepolicy_dcp.load(
+            folder, model=stage, optimizer=optimizer
+        )  # each stage finds its half under the one stored name
         whole = Model()
         tiepolicy_dcp.load(folder, model=whole)
         dist.barrier()
