@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from tiepolicy._paths import member, open_file, read_json
 from tiepolicy.errors import CheckpointError
@@ -113,8 +113,11 @@ def check_files(
         advice: What to do about one that is damaged, as a sentence.
 
     Raises:
-        CheckpointError: Naming the first file that is missing or holds something else than was written.
+        CheckpointError: Naming the first file that is missing or holds something else than was written; or if there is
+            no such way to verify.
     """
+    if verify not in get_args(Verify):
+        raise CheckpointError(f"verify is {verify!r}, but must be one of {', '.join(get_args(Verify))}")
     for name in names if verify != "off" else ():
         problem = _problem(folder, name, records[name], verify)
         if problem is not None:

@@ -33,9 +33,11 @@ def pack_extra(extra: Mapping[str, Any]) -> Extra:
     """Take a nested structure of JSON values and tensors apart.
 
     Raises:
-        CheckpointError: If it holds a value that is neither.
+        CheckpointError: If it holds what is neither, or would come back as something else.
     """
     tensors: dict[str, torch.Tensor] = {}
+    if not isinstance(extra, Mapping):
+        raise CheckpointError(f"extra must be a dict, not a {type(extra).__name__}")
     try:
         return Extra(values=json.dumps(_take_tensors(extra, "", tensors), indent=1), tensors=tensors)
     except (TypeError, ValueError) as error:
@@ -69,9 +71,14 @@ def read_extra(folder: Path) -> dict[str, Any]:
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
+        while path in tensors:  # a key may have a slash of its own
+            path += "/"
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {_REFERENCE: path}
     if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{key!r}, a key of {path or 'it'}, would come back as a string")
         return {key: _take_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_take_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]

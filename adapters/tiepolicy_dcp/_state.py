@@ -90,9 +90,14 @@ class OptimizerState(Stateful):
         model: The model whose parameters are optimized.
         optimizer: The optimizer. If it has no state yet, reading its state makes it (a step with no effect).
         plan: The model's plan; made by the default policy if not given.
+
+    Raises:
+        CheckpointError: If `optimizer` is no optimizer.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, plan: TiePlan | None = None) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            raise CheckpointError(f"optimizer is a {type(optimizer).__name__}: hand over the optimizer itself")
         self.model = model
         self.optimizer = optimizer
         self.plan = plan or tiepolicy.plan(model)

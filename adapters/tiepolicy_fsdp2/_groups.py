@@ -66,6 +66,8 @@ def shard_groups(
 
 def _resolve(model: nn.Module, blocks: Iterable[Block | Sequence[Block]]) -> list[list[nn.Module]]:
     """The groups that were asked for, each module in one of them, in the order of the model."""
+    if isinstance(blocks, str | type):
+        raise ShardingError(f"blocks is {blocks!r}, which is one block: hand over a list of them")
     at: dict[str, nn.Module] = {}
     paths: dict[int, str] = {}
     for path, module in tiepolicy.named_modules(model):

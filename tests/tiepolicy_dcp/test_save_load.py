@@ -311,6 +311,37 @@ def test_extra_state_that_is_no_json_leaves_nothing_behind(tmp_path):
     assert [] == list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"scheduler": {"milestones": {30: 1}}}, "30, a key of /scheduler/milestones, would come back as a string"),
+        ([1], "extra must be a dict, not a list"),
+    ],
+)
+def test_extra_state_that_would_come_back_as_something_else_is_refused(tmp_path, extra, problem):
+    with pytest.raises(CheckpointError, match=problem):
+        tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(), extra=extra)
+
+
+def test_tensors_of_extra_state_stay_apart_whatever_their_keys(tmp_path):
+    extra = {"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}}
+    restored = tiepolicy_dcp.load(tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(), extra=extra), model=TiedPair())
+    assert (0, 1) == (restored.extra["a/b"].item(), restored.extra["a"]["b"].item())
+
+
+def test_the_state_of_an_optimizer_in_its_place_is_refused(tmp_path):
+    model = TiedPair()
+    state = torch.optim.SGD(model.parameters()).state_dict()
+    with pytest.raises(CheckpointError, match="optimizer is a dict: hand over the optimizer itself"):
+        tiepolicy_dcp.save(tmp_path / "c", model=model, optimizer=state)
+
+
+def test_an_unknown_way_to_verify_is_refused(tmp_path):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    with pytest.raises(CheckpointError, match="verify is 'Full', but must be one of full, size, off"):
+        tiepolicy_dcp.load(folder, model=TiedPair(), verify="Full")
+
+
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="is no checkpoint: it has no .metadata file"):
         tiepolicy_dcp.load(tmp_path, model=TiedPair())

@@ -141,6 +141,12 @@ def test_a_block_that_is_not_in_the_model_is_refused(block, message):
         shard_groups(Stack(), blocks=[block])
 
 
+@pytest.mark.parametrize("blocks", ["layers", nn.Linear])
+def test_one_block_in_the_place_of_a_list_of_them_is_refused(blocks):
+    with pytest.raises(ShardingError, match="which is one block: hand over a list of them"):
+        shard_groups(Stack(), blocks=blocks)
+
+
 def test_groups_that_contain_each_other_are_refused():
     with pytest.raises(ShardingError, match=r"none can be sharded first; name smaller blocks"):
         shard_groups(Stack(), blocks=[["layers.0", "layers.1.up"], ["layers.1", "layers.0.up"]])
