@@ -157,14 +157,7 @@ class CachedTarget:
         device: Of embedding and head, and of the features.
         key: Of the target and any data.
 
-    Attributes:
-        config: The text config of the model.
-        tokenizer: The target's own.
-        vocab_size: V, rows of the embedding.
-        embedding_VE: The embedding's weight.
-        head_VE: The output head's weight; the same tensor as `embedding_VE` when the target ties them.
-        layer_ids: The three captured layers.
-        end_ids: The tokens that end what the model generates, from its configs.
+    Its attributes are those of `FrozenTarget` that a run reads.
 
     Raises:
         TargetError: Config or tokenizer cannot be read.

@@ -12,6 +12,7 @@ D draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
 from eagle3.head import Fp8Head, Head
 from eagle3.kernels.causal import causal_attention, causal_attention_backward
-from eagle3.kernels.heads import Angles, HeadLayout, place_keys_values, place_queries, sum_by_token, unrotate_
+from eagle3.kernels.heads import Heads, place_keys_values, place_queries, sum_by_token, unrotate_
 from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
 from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
@@ -58,19 +59,22 @@ class FusedStep:
         self._deterministic = deterministic
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
-        self._layout = HeadLayout(
-            num_queries=config.num_attention_heads, num_keys=config.num_key_value_heads, head_dim=config.head_dim
+        self._heads = Heads(
+            num_queries=config.num_attention_heads,
+            num_keys=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            cos=torch.empty(0),
+            sin=torch.empty(0),
         )
-        self._num_q = self._layout.num_queries * self._layout.head_dim
+        self._num_q = config.num_attention_heads * config.head_dim
         precise = torch.promote_types(torch.float32, weights.copy.dtype)
         weight_S = decay ** torch.arange(num_steps, dtype=precise, device=weights.copy.device)
         # One more, for pairs that only fill up a fixed shape.
         self._weight_S = functional.pad(weight_S, (0, 1))
         self._largest_weight = max(1.0, decay ** (num_steps - 1))
         self._target_ids_D: Tensor | None = None
-        self._angles: Angles | None = None
-        # Graphs of shorter batches go on reading theirs.
-        self._outgrown: list[Angles] = []
+        # Graphs of shorter batches go on reading their angles.
+        self._outgrown: list[Heads] = []
 
     def __call__(
         self,
@@ -107,20 +111,19 @@ class FusedStep:
                 on_gradients(of_others)
         return result
 
-    def _angles_up_to(self, num_positions: int) -> Angles:
-        if self._angles is None or len(self._angles.cos) < num_positions:
-            if self._angles is not None:
-                self._outgrown.append(self._angles)
-                num_positions = max(num_positions, 2 * len(self._angles.cos))
-            positions = torch.arange(num_positions, device=self._weights.copy.device)
+    def _provide_angles(self, num_positions: int) -> None:
+        num_known = len(self._heads.cos)
+        if num_known < num_positions:
+            self._outgrown.append(self._heads)
+            positions = torch.arange(max(num_positions, 2 * num_known), device=self._weights.copy.device)
             cos, sin = self._draft.rope_angles(positions, dtype=self._weight_S.dtype)
-            self._angles = Angles(cos=cos, sin=sin)
-        return self._angles
+            self._heads = replace(self._heads, cos=cos, sin=sin)
 
     def _unroll(self, plan: PairPlan, input_ids_L: Tensor, aux_LA: Tensor) -> Tape:
         """Runs all steps and keeps what their gradients need."""
         w = self._weights.copies
-        tape = Tape.allocate(plan, self._weights, self._layout, largest_weight=self._largest_weight)
+        self._provide_angles(len(plan.position_L) + self._num_steps)
+        tape = Tape.allocate(plan, self._weights, self._heads, largest_weight=self._largest_weight)
         tape.embedded_LH = self._draft.embed_tokens.weight.index_select(0, input_ids_L).to(aux_LA.dtype)
         _, tape.tokens_LH = add_rms_norm(tape.embedded_LH, None, w.input_norm_H, eps=self._eps)
         token_LW = tape.tokens_LH @ w.token_WH.T
@@ -132,8 +135,7 @@ class FusedStep:
             *(tape.k0_LKd, tape.v0_LKd),
             token_M=plan.next_L,
             position_M=plan.position_L,
-            angles=self._angles_up_to(len(plan.position_L) + self._num_steps),
-            layout=self._layout,
+            heads=self._heads,
         )
         torch.index_select(tape.first_normed_LH, 0, plan.row_N, out=tape.normed_SNH[0])
         state_NH = tape.first_LH.index_select(0, plan.row_N)
@@ -147,22 +149,20 @@ class FusedStep:
         """Queries of a step, and but for the first the keys and values that its rows alone will see."""
         state_WH = self._weights.copies.state_WH
         projected_NW = tape.normed_SNH[step] @ (state_WH if step else state_WH[: self._num_q]).T
-        token_N, position_N, angles = plan.token_SN[step], plan.position_N + step, self._angles_up_to(0)
+        token_N, position_N = plan.token_SN[step], plan.position_N + step
         place_queries(
             *(projected_NW, token_LW, tape.q_SLQd[step]),
             token_M=token_N,
             position_M=position_N,
             row_M=plan.row_N,
-            angles=angles,
-            layout=self._layout,
+            heads=self._heads,
         )
         if step:
             place_keys_values(
                 *(projected_NW, token_LW, tape.own_k_JNKd[step - 1], tape.own_v_JNKd[step - 1]),
                 token_M=token_N,
                 position_M=position_N,
-                angles=angles,
-                layout=self._layout,
+                heads=self._heads,
             )
 
     def _attend(self, plan: PairPlan, tape: Tape, step: int) -> None:
@@ -239,7 +239,7 @@ class FusedStep:
         grad_state_NH: Tensor | None = None
         for step in reversed(range(self._num_steps)):
             self._finish_backward(plan, tape, back, grad_normed_NH, grad_state_NH, step)
-            grad_attended_NQd = (back.middle_SNH[step] @ w.o_HX).unflatten(1, (-1, self._layout.head_dim))
+            grad_attended_NQd = (back.middle_SNH[step] @ w.o_HX).unflatten(1, (-1, self._heads.head_dim))
             self._attend_backward(plan, tape, back, grad_attended_NQd, step)
             grad_normed_NH = self._project_backward(plan, back, step)
             grad_state_NH = back.middle_SNH[step]
@@ -259,8 +259,7 @@ class FusedStep:
             keys_MKd=back.k0_LKd,
             values_MKd=back.v0_LKd,
             position_M=plan.position_L,
-            angles=self._angles_up_to(0),
-            layout=self._layout,
+            heads=self._heads,
         )
         grad_first_LH = rms_norm_backward(
             *(tape.first_LH, back.first_LU @ w.state_WH[self._num_q :], w.hidden_norm_H, norms.hidden_GH),
@@ -335,8 +334,7 @@ class FusedStep:
             keys_MKd=back.own_k_JNKd[step - 1] if step else None,
             values_MKd=back.own_v_JNKd[step - 1] if step else None,
             position_M=plan.position_N + step,
-            angles=self._angles_up_to(0),
-            layout=self._layout,
+            heads=self._heads,
         )
         state_WH = self._weights.copies.state_WH
         if step:

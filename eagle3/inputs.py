@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from eagle3.cache import CachedTarget, CacheKey, FeatureReader
 from eagle3.capture import write_features
 from eagle3.config import RunConfig
-from eagle3.description import choose_layers, describe_target, load_tokenizer, require_tokens_fit, weights_digest
+from eagle3.description import (
+    TargetDescription,
+    choose_layers,
+    describe_target,
+    load_tokenizer,
+    require_tokens_fit,
+    weights_digest,
+)
 from eagle3.errors import ConfigError
 from eagle3.files import TensorCache
 from eagle3.parallel import Ranks
@@ -140,8 +147,7 @@ def choose_vocab(inputs: RunInputs, config: RunConfig) -> DraftVocab:
         ConfigError: `draft.vocab_size` does not fit the target, or holds too little of the data.
         DataError: The tokenizer does not belong to the target, or the vocabulary cannot be kept.
     """
-    target = inputs.target
-    return _choose_vocab(config, inputs.data, target.tokenizer, vocab_size=target.vocab_size, end_ids=target.end_ids)
+    return _choose_vocab(config, inputs.data, inputs.target.tokenizer, inputs.target)
 
 
 def write_vocab(config: RunConfig) -> DraftVocab:
@@ -157,7 +163,7 @@ def write_vocab(config: RunConfig) -> DraftVocab:
     require_tokens_fit(tokenizer, description.vocab_size)
     data = load_data(config.data.train, config, tokenizer)
     logger.info("Data: %s", data)
-    return _choose_vocab(config, data, tokenizer, vocab_size=description.vocab_size, end_ids=description.end_ids)
+    return _choose_vocab(config, data, tokenizer, description)
 
 
 def asked_layers(config: RunConfig) -> tuple[int, ...] | None:
@@ -193,18 +199,13 @@ def _with_features(config: RunConfig, data: EncodedData) -> EncodedData:
 
 
 def _choose_vocab(
-    config: RunConfig,
-    data: EncodedData,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    vocab_size: int,
-    end_ids: tuple[int, ...],
+    config: RunConfig, data: EncodedData, tokenizer: PreTrainedTokenizerBase, target: Target | TargetDescription
 ) -> DraftVocab:
     vocab = draft_vocab(
         data,
         tokenizer,
-        target_vocab_size=vocab_size,
-        end_ids=end_ids,
+        target_vocab_size=target.vocab_size,
+        end_ids=target.end_ids,
         size=config.draft.vocab_size,
         cache=tensor_cache(config),
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from eagle3.flat import FlatWeights
 from eagle3.head import Fp8Head, Head, head_of
 from eagle3.kernels.causal import CausalResult
-from eagle3.kernels.heads import HeadLayout
+from eagle3.kernels.heads import Heads
 from eagle3.kernels.norms import weight_gradient_parts
 from eagle3.mlp import Fp8Mlp, Mlp, mlp_of
 from eagle3.pairs import PairPlan
@@ -59,12 +59,12 @@ class Tape:
     state_NH: list[Tensor]
 
     @classmethod
-    def allocate(cls, plan: PairPlan, weights: FlatWeights, layout: HeadLayout, *, largest_weight: float) -> Tape:
+    def allocate(cls, plan: PairPlan, weights: FlatWeights, heads: Heads, *, largest_weight: float) -> Tape:
         """An empty tape for a batch, on the device and in the dtype of the weights' copies."""
         num_steps, num_rows = plan.token_SN.shape
         num_all, num_pairs = len(plan.position_L), len(plan.step_P)
         hidden = len(weights.copies.down_HI)
-        q_heads, kv_heads = (layout.num_queries, layout.head_dim), (layout.num_keys, layout.head_dim)
+        q_heads, kv_heads = (heads.num_queries, heads.head_dim), (heads.num_keys, heads.head_dim)
         new = weights.copy.new_empty
         none = new(0)
         return cls(

@@ -22,31 +22,27 @@ from eagle3.kernels import jit, next_power_of_2, tl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadLayout:
-    """How a projected row divides into heads: the queries first, then keys, then values.
+class Heads:
+    """How a projected row divides into heads, the queries first, then keys, then values, and what rotates them.
 
     Attributes:
         num_queries: Query heads, a multiple of `num_keys`.
         num_keys: Key heads, and as many value heads.
         head_dim: Elements of a head, even.
+        cos: Cosines of every position a batch needs: (positions, d / 2), times the rope's scaling.
+        sin: Their sines.
     """
 
     num_queries: int
     num_keys: int
     head_dim: int
+    cos: Tensor
+    sin: Tensor
 
     @property
     def width(self) -> int:
         """Elements of a projected row."""
         return (self.num_queries + 2 * self.num_keys) * self.head_dim
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Angles:
-    """Cosines and sines of every position a batch needs: (positions, d / 2), times the rope's scaling."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 def place_queries(
@@ -57,8 +53,7 @@ def place_queries(
     token_M: Tensor,
     position_M: Tensor,
     row_M: Tensor,
-    angles: Angles,
-    layout: HeadLayout,
+    heads: Heads,
 ) -> None:
     """Adds the token's half, rotates, and writes the queries of each row to its place among all tokens.
 
@@ -69,11 +64,9 @@ def place_queries(
         token_M: int32, the token that each row reads.
         position_M: int32, its position.
         row_M: int32, where it goes.
-        angles: Of all positions.
-        layout: Of a projected row.
+        heads: Of a projected row, and all positions.
     """
-    sections = range(layout.num_queries // layout.num_keys)
-    _place(state_MW, token_LW, (out_LQd, out_LQd), (token_M, position_M, row_M), angles, layout, sections)
+    _place(state_MW, token_LW, (out_LQd, out_LQd), (token_M, position_M, row_M), heads)
 
 
 def place_keys_values(
@@ -84,24 +77,20 @@ def place_keys_values(
     *,
     token_M: Tensor,
     position_M: Tensor,
-    angles: Angles,
-    layout: HeadLayout,
+    heads: Heads,
 ) -> None:
     """Adds the token's half and writes rotated keys, and values, row by row.
 
     Args:
         state_MW: The state's half; only its last 2K * d columns are read, and it may have no others.
-        token_LW: The token's half.
-        k_MKd: Overwritten.
-        v_MKd: Overwritten.
-        token_M: int32, the token that each row reads.
-        position_M: int32, its position.
-        angles: Of all positions.
-        layout: Of a projected row.
+        token_LW: As for `place_queries`.
+        k_MKd: Overwritten by rotated keys.
+        v_MKd: Overwritten by values.
+        token_M: As for `place_queries`.
+        position_M: As for `place_queries`.
+        heads: As for `place_queries`.
     """
-    first = layout.num_queries // layout.num_keys
-    sections = range(first, first + 2)
-    _place(state_MW, token_LW, (k_MKd, v_MKd), (token_M, position_M, None), angles, layout, sections)
+    _place(state_MW, token_LW, (k_MKd, v_MKd), (token_M, position_M, None), heads)
 
 
 def _place(
@@ -109,40 +98,39 @@ def _place(
     token_LW: Tensor,
     outs: tuple[Tensor, Tensor],
     index: tuple[Tensor, Tensor, Tensor | None],
-    angles: Angles,
-    layout: HeadLayout,
-    sections: range,
+    heads: Heads,
 ) -> None:
     """Places what is rotated, and what is not: values, which queries do not have. A section is K heads wide."""
     (rotated, values), (token_M, position_M, row_M) = outs, index
-    num_rows, stride = len(state_MW), state_MW.stride(0)
+    num_rows, stride, is_queries = len(state_MW), state_MW.stride(0), row_M is not None
+    group = heads.num_queries // heads.num_keys
+    sections = range(group) if is_queries else range(group, group + 2)
     # Where the columns of the first section stand in `state_MW`, which may hold only a part of a projected row.
-    is_queries = row_M is not None
-    offset = 0 if is_queries else state_MW.shape[1] - 2 * layout.num_keys * layout.head_dim
+    offset = 0 if is_queries else state_MW.shape[1] - 2 * heads.num_keys * heads.head_dim
     if state_MW.is_cuda:
         if num_rows:
             _place_kernel[(num_rows, len(sections))](
-                *(state_MW, token_LW, rotated, values, token_M, position_M, row_M, angles.cos, angles.sin),
-                *(offset, stride, sections[0], layout.width),
-                QUERIES=layout.num_queries,
-                KEYS=layout.num_keys,
-                HALF=layout.head_dim // 2,
-                KEYS_BLOCK=next_power_of_2(layout.num_keys),
-                HALF_BLOCK=next_power_of_2(layout.head_dim // 2),
+                *(state_MW, token_LW, rotated, values, token_M, position_M, row_M, heads.cos, heads.sin),
+                *(offset, stride, sections[0], heads.width),
+                QUERIES=heads.num_queries,
+                KEYS=heads.num_keys,
+                HALF=heads.head_dim // 2,
+                KEYS_BLOCK=next_power_of_2(heads.num_keys),
+                HALF_BLOCK=next_power_of_2(heads.head_dim // 2),
                 HAS_ROWS=is_queries,
             )
         return
-    q_width, kv_width = layout.num_queries * layout.head_dim, layout.num_keys * layout.head_dim
+    q_width, kv_width = heads.num_queries * heads.head_dim, heads.num_keys * heads.head_dim
     start = 0 if is_queries else q_width
     size = q_width if is_queries else 2 * kv_width
     sums = state_MW[:, offset : offset + size] + token_LW[token_M.long(), start : start + size]
-    heads = sums.unflatten(-1, (-1, layout.head_dim))
-    cos, sin = angles.cos[position_M.long()][:, None], angles.sin[position_M.long()][:, None]
+    summed = sums.unflatten(-1, (-1, heads.head_dim))
+    cos, sin = heads.cos[position_M.long()][:, None], heads.sin[position_M.long()][:, None]
     if row_M is not None:
-        rotated[row_M.long()] = _rotate(heads, cos, sin).to(rotated.dtype)
+        rotated[row_M.long()] = _rotate(summed, cos, sin).to(rotated.dtype)
     else:
-        rotated.copy_(_rotate(heads[:, : layout.num_keys], cos, sin))
-        values.copy_(heads[:, layout.num_keys :])
+        rotated.copy_(_rotate(summed[:, : heads.num_keys], cos, sin))
+        values.copy_(summed[:, heads.num_keys :])
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -212,8 +200,7 @@ def unrotate_(
     keys_MKd: Tensor | None,
     values_MKd: Tensor | None,
     position_M: Tensor,
-    angles: Angles,
-    layout: HeadLayout,
+    heads: Heads,
 ) -> None:
     """Writes the gradient of projected rows, given those of rotated queries and keys and of values.
 
@@ -224,36 +211,35 @@ def unrotate_(
         keys_MKd: Gradient of the rotated keys, or None.
         values_MKd: Gradient of the values, given with `keys_MKd`.
         position_M: int32.
-        angles: Of all positions.
-        layout: Of a projected row.
+        heads: Of a projected row, and all positions.
     """
-    num_query_sections = layout.num_queries // layout.num_keys
+    num_query_sections = heads.num_queries // heads.num_keys
     first = 0 if queries_MQd is not None else num_query_sections
     last = num_query_sections + 2 if keys_MKd is not None else num_query_sections
     # A narrow `grad_MW` begins with the first section that it holds.
-    is_narrow = grad_MW.shape[1] < layout.width
-    shift = first * layout.num_keys * layout.head_dim if is_narrow else 0
+    is_narrow = grad_MW.shape[1] < heads.width
+    shift = first * heads.num_keys * heads.head_dim if is_narrow else 0
     if grad_MW.is_cuda:
         if len(grad_MW):
             # A gradient that is not given is never read, but the compiler wants a pointer.
             parts = [grad_MW if part is None else part for part in (queries_MQd, keys_MKd, values_MKd)]
             _unrotate_kernel[(len(grad_MW), last - first)](
-                *(grad_MW, *parts, position_M, angles.cos, angles.sin),
+                *(grad_MW, *parts, position_M, heads.cos, heads.sin),
                 *(shift, grad_MW.stride(0), first),
-                QUERIES=layout.num_queries,
-                KEYS=layout.num_keys,
-                HALF=layout.head_dim // 2,
-                KEYS_BLOCK=next_power_of_2(layout.num_keys),
-                HALF_BLOCK=next_power_of_2(layout.head_dim // 2),
+                QUERIES=heads.num_queries,
+                KEYS=heads.num_keys,
+                HALF=heads.head_dim // 2,
+                KEYS_BLOCK=next_power_of_2(heads.num_keys),
+                HALF_BLOCK=next_power_of_2(heads.head_dim // 2),
             )
         return
-    cos, sin = angles.cos[position_M.long()][:, None], angles.sin[position_M.long()][:, None]
+    cos, sin = heads.cos[position_M.long()][:, None], heads.sin[position_M.long()][:, None]
     parts = []
     if queries_MQd is not None:
         parts.append(_rotate(queries_MQd, cos, -sin))
     if keys_MKd is not None and values_MKd is not None:
         parts += [_rotate(keys_MKd, cos, -sin), values_MKd]
-    start = first * layout.num_keys * layout.head_dim - shift
+    start = first * heads.num_keys * heads.head_dim - shift
     flat = torch.cat([part.flatten(1).to(grad_MW.dtype) for part in parts], dim=1)
     grad_MW[:, start : start + flat.shape[1]] = flat
 

@@ -64,7 +64,14 @@ def add_rms_norm(
         The sum (`x_MH` itself if nothing is added) and its norm, (M, H) each, in the dtype of `x_MH`.
     """
     if not x_MH.is_cuda:
-        return _add_rms_norm_twin(x_MH, add_MH, weight_H, eps=eps, second=second, out_MH=out_MH)
+        sum_MH = x_MH if add_MH is None else x_MH + add_MH
+        hat_MH = _normed(sum_MH, eps)
+        if second is not None:
+            used_M = second.index_M >= 0
+            second_RH = hat_MH[used_M] * second.weight_H
+            second.out_RH[second.index_M[used_M].long()] = second_RH.to(second.out_RH.dtype)
+        normed_MH = hat_MH * weight_H
+        return sum_MH, normed_MH.to(sum_MH.dtype) if out_MH is None else out_MH.copy_(normed_MH)
     num_rows, width = x_MH.shape
     sum_MH = x_MH if add_MH is None else torch.empty_like(x_MH)
     normed_MH = torch.empty_like(x_MH) if out_MH is None else out_MH
@@ -79,25 +86,6 @@ def add_rms_norm(
             num_warps=8,
         )
     return sum_MH, normed_MH
-
-
-def _add_rms_norm_twin(
-    x_MH: Tensor,
-    add_MH: Tensor | None,
-    weight_H: Tensor,
-    *,
-    eps: float,
-    second: SecondNorm | None,
-    out_MH: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    sum_MH = x_MH if add_MH is None else x_MH + add_MH
-    hat_MH = _normed(sum_MH, eps)
-    if second is not None:
-        used_M = second.index_M >= 0
-        second_RH = hat_MH[used_M] * second.weight_H
-        second.out_RH[second.index_M[used_M].long()] = second_RH.to(second.out_RH.dtype)
-    normed_MH = hat_MH * weight_H
-    return sum_MH, normed_MH.to(sum_MH.dtype) if out_MH is None else out_MH.copy_(normed_MH)
 
 
 def _normed(x_MH: Tensor, eps: float) -> Tensor:

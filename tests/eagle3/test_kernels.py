@@ -2,11 +2,13 @@
 
 # Expected values stand on the left.
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from eagle3.kernels.causal import Segments, causal_attention, causal_attention_backward
-from eagle3.kernels.heads import Angles, HeadLayout, place_keys_values, place_queries, sum_by_token, unrotate_
+from eagle3.kernels.heads import Heads, place_keys_values, place_queries, sum_by_token, unrotate_
 from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward, weight_gradient_parts
 from eagle3.kernels.optimizer import adamw_
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
@@ -93,10 +95,10 @@ def test_the_gated_activation_and_its_gradient():
 
 @pytest.mark.parametrize(("num_queries", "num_keys", "head_dim"), [(32, 8, 128), (32, 8, 64), (6, 3, 80)])
 def test_heads_are_placed_and_taken_back(num_queries, num_keys, head_dim):
-    layout = HeadLayout(num_queries=num_queries, num_keys=num_keys, head_dim=head_dim)
-    num_rows, num_all = 50, 90
-    state, token = normal(num_rows, layout.width), normal(num_all, layout.width, seed=1)
     angle = torch.rand(100, head_dim // 2, generator=torch.Generator().manual_seed(0))
+    on_cpu = Heads(num_queries=num_queries, num_keys=num_keys, head_dim=head_dim, cos=angle.cos(), sin=angle.sin())
+    num_rows, num_all = 50, 90
+    state, token = normal(num_rows, on_cpu.width), normal(num_all, on_cpu.width, seed=1)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(num_all, (num_rows,), generator=generator).int()
     positions = torch.randint(100, (num_rows,), generator=generator).int()
@@ -104,24 +106,24 @@ def test_heads_are_placed_and_taken_back(num_queries, num_keys, head_dim):
     outputs = []
     for move in (lambda tensor: tensor, on_gpu):
         device = move(tokens).device
-        angles = Angles(cos=angle.cos().to(device), sin=angle.sin().to(device))
+        heads = replace(on_cpu, cos=on_cpu.cos.to(device), sin=on_cpu.sin.to(device))
         q = move(torch.zeros(num_all, num_queries, head_dim).double())
         k, v = (move(torch.zeros(num_rows, num_keys, head_dim).double()) for _ in "kv")
-        shared = {"token_M": move(tokens), "position_M": move(positions), "angles": angles, "layout": layout}
+        shared = {"token_M": move(tokens), "position_M": move(positions), "heads": heads}
         place_queries(move(state), move(token), q, row_M=move(rows), **shared)
         place_keys_values(move(state), move(token), k, v, **shared)
         only = torch.zeros_like(k)
         place_keys_values(move(state)[:, -2 * num_keys * head_dim :].contiguous(), move(token), only, v, **shared)
-        back = move(torch.zeros(num_rows, layout.width).double())
+        back = move(torch.zeros(num_rows, on_cpu.width).double())
         grads = {
             "queries_MQd": q[:num_rows],
             "keys_MKd": k.double() if device.type == "cpu" else k.float(),
             "values_MKd": v,
         }
-        unrotate_(back, position_M=move(positions), angles=angles, layout=layout, **grads)
+        unrotate_(back, position_M=move(positions), heads=heads, **grads)
         narrow = move(torch.zeros(num_rows, 2 * num_keys * head_dim).double())
         grads["queries_MQd"] = None
-        unrotate_(narrow, position_M=move(positions), angles=angles, layout=layout, **grads)
+        unrotate_(narrow, position_M=move(positions), heads=heads, **grads)
         outputs.append((q, k, v, only, back, narrow))
     for expected, actual in zip(*outputs, strict=True):
         check(expected, actual)
