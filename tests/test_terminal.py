@@ -20,7 +20,7 @@ import eagle3.cli
 import tiepolicy._cli
 from eagle3.manual import help_parser
 from eagle3.options import read_settings
-from eagle3.terminal import watched
+from eagle3.terminal import waiting, watched
 from tiepolicy import _inspect
 
 
@@ -190,8 +190,23 @@ def test_a_pipe_and_a_plain_terminal_show_nothing_of_it(stream, term, monkeypatc
     assert "" == shown.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("environment", "shown"), [({}, True), ({"TERM": "dumb"}, False), ({"RANK": "1"}, False), ({"RANK": "0"}, True)]
+)
+def test_what_takes_long_is_said_on_a_terminal_once_for_all_processes(environment, shown, monkeypatch):
+    for name, value in ({"TERM": "xterm"} | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with waiting("Exporting"):
+        pass
+    assert [3] == list(watched([3], "answers", total=1))
+    assert (shown, shown) == ("Exporting ..." in terminal.getvalue(), "answers" in terminal.getvalue())
+    assert shown == bool(terminal.getvalue())
+
+
 def test_a_bar_hands_on_what_it_watches_and_is_silent_in_a_pipe(capsys):
-    assert [3, 1, 2] == list(watched([3, 1, 2], "answers", total=3))
+    with waiting("Exporting"):
+        assert [3, 1, 2] == list(watched([3, 1, 2], "answers", total=3))
     assert ("", "") == capsys.readouterr()
 
 

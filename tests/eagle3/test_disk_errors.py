@@ -18,7 +18,7 @@ from torchrun import read_until, started
 SETTINGS = (
     *("--data.max_length", "48", "--draft.vocab_size", "96", "--unroll.steps", "3", "--train.lr", "0.01"),
     *("--train.log_every", "1", "--checkpoint.every_steps", "2", "--checkpoint.keep_last", "1"),
-    *("--train.epochs", "400", "--log.tensorboard", "false"),
+    *("--train.epochs", "400"),
 )
 
 

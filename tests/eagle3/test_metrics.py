@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import pytest
 import torch
@@ -82,6 +83,23 @@ def test_tensorboard_has_every_number_under_its_own_name(tmp_path):
     expected = {f"{part}/{name}" for part in ("train", "validation") for name in names} | {"train/lr"}
     assert expected == set(events.Tags()["scalars"])
     assert [(4, 0.125)] == [(event.step, event.value) for event in events.Scalars("validation/accepted/2")]
+
+
+def test_an_event_that_finds_no_room_is_left_out_whole_and_the_next_one_is_written(tmp_path, caplog):
+    metrics = opened(tmp_path)
+    metrics.log_training(MEASUREMENT, step=1, epoch=1)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    size, (_, hard) = file.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, hard))
+    try:
+        metrics.log_training(MEASUREMENT, step=2, epoch=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert size == file.stat().st_size
+    assert [f"The numbers of step 2 cannot be written to {tmp_path}: No space left on device"] == caplog.messages
+    metrics.log_training(MEASUREMENT, step=3, epoch=1)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [1, 3] == [event.step for event in events.Scalars("train/loss")]
 
 
 def test_wandb_without_its_package_is_one_sentence(tmp_path):
