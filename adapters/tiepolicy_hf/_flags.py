@@ -8,8 +8,7 @@ that the live module ties by are cut down to the tied ones.
 """
 
 import copy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,14 +16,11 @@ from tiepolicy import TiePlan, named_modules, observe
 from tiepolicy_hf._plugin import FLAG, Declaration, declarations
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Correction:
+class Correction(NamedTuple):
     """A flag that says something else than the model is."""
 
     config: object
-    #: Where the flag is, from the module that declares: `config.text_config.tie_word_embeddings`.
-    flag: str
-    #: What it must say.
+    #: What the config's flag must say.
     value: bool
 
 
@@ -36,31 +32,25 @@ def are_tied(plan: TiePlan, a: str, b: str) -> bool:
 
 def corrections(declared: list[Declaration], plan: TiePlan) -> list[Correction]:
     """The flags that contradict the model, each once."""
-    found: dict[int, Correction] = {}
-    spoken_for = {id(declaration.config) for declaration in declared if declaration.binding}
-    for config in {id(declaration.config): declaration.config for declaration in declared}.values():
-        mine = [declaration for declaration in declared if declaration.config is config]
+    found = []
+    is_read = any(each.binding for each in declared)
+    for config in {id(each.config): each.config for each in declared}.values():
+        mine = [each for each in declared if each.config is config]
         # A flag that transformers reads answers for the names it ties; what other modules make of it comes second.
-        binding = [declaration for declaration in mine if declaration.binding]
-        relevant = binding or mine
-        pairs = [pair for declaration in relevant for pair in declaration.pairs if set(pair) <= set(plan.tensors)]
+        relevant = [each for each in mine if each.binding] or mine
+        pairs = [pair for each in relevant for pair in each.pairs if set(pair) <= plan.tensors.keys()]
         tied = any(are_tied(plan, *pair) for pair in pairs)
-        says = bool(getattr(config, FLAG, False))
         # Where nobody ties by a flag, making it true would promise a tie that nobody makes.
-        if tied != says and pairs and (binding or not tied or spoken_for):
-            found[id(config)] = Correction(config=config, flag=relevant[0].flag, value=tied)
-    return list(found.values())
+        if pairs and tied != bool(getattr(config, FLAG, False)) and (is_read or not tied):
+            found.append(Correction(config, tied))
+    return found
 
 
 def rebuilt_pairs(declared: list[Declaration], fixes: list[Correction]) -> list[tuple[str, str]]:
     """Source and alias of what transformers ties when it loads the model with corrected flags."""
     value_of = {id(fix.config): fix.value for fix in fixes}
-    return [
-        pair
-        for declaration in declared
-        if declaration.binding and value_of.get(id(declaration.config), declaration.value)
-        for pair in declaration.pairs
-    ]
+    ties = [each for each in declared if each.binding and value_of.get(id(each.config), each.value)]
+    return [pair for each in ties for pair in each.pairs]
 
 
 def declared_by(model: nn.Module) -> list[Declaration]:
@@ -90,8 +80,7 @@ def lasting(config: Any, fixes: list[Correction]) -> list[Correction]:
     return [
         fix
         for fix in fixes
-        if bool(getattr(parts.get(id(fix.config), fix.config), FLAG, fix.value)) is fix.value
-        or id(fix.config) not in parts
+        if id(fix.config) not in parts or bool(getattr(parts[id(fix.config)], FLAG, fix.value)) is fix.value
     ]
 
 

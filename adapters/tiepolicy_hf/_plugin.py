@@ -31,14 +31,12 @@ class Declaration:
     module: nn.Module
     #: The config that holds the flag.
     config: object
-    #: Where the flag is, from the module: `config.text_config.tie_word_embeddings`.
-    flag: str
     value: bool
     #: Whether transformers ties by this flag: it is the module's own, and the class maps aliases to sources.
     binding: bool
     #: Source and alias, full names of tensors in the model.
     pairs: tuple[tuple[str, str], ...]
-    #: Flag and keys in words, for messages.
+    #: Where the flag is, from the module, and the keys, in words for messages.
     detail: str
 
 
@@ -60,7 +58,6 @@ def declarations(model: nn.Module, facts: Facts) -> Iterator[Declaration]:
             yield Declaration(
                 module=module,
                 config=holder,
-                flag=f"{path}.{FLAG}",
                 value=value,
                 binding=holder is config and isinstance(keys, Mapping),
                 pairs=pairs,
