@@ -225,8 +225,5 @@ def _spread(parameter: nn.Parameter) -> str:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of this rank, to be changed in place."""
-    if isinstance(tensor, DTensor):
-        with torch.no_grad():
-            local: torch.Tensor = tensor.to_local()
-        return local
-    return tensor.detach()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

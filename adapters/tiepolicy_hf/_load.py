@@ -26,8 +26,10 @@ from tiepolicy_hf._ties import Evidence, OnConflict, check_places, tie_what_was_
 from tiepolicy_hf._trust import CONFIG, check_folder, check_size, naming_config
 
 # Options of transformers that would let something be lost, and those that would have it open files nobody looked at.
-_LOSING = ("ignore_mismatched_sizes", "output_loading_info", "state_dict", "weights_only", "use_safetensors")
-_ELSEWHERE = ("subfolder", "variant", "gguf_file")
+_REFUSED = dict.fromkeys(
+    ("ignore_mismatched_sizes", "output_loading_info", "state_dict", "weights_only", "use_safetensors"),
+    "what is missing or does not fit is always an error here",
+) | dict.fromkeys(("subfolder", "variant", "gguf_file"), f"only {WEIGHTS} or its shards in the folder itself are read")
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
@@ -95,12 +97,9 @@ def from_pretrained(
 def _check_options(on_conflict: str, kwargs: Mapping[str, object]) -> None:
     if on_conflict not in ("error", "untie", "canonical"):
         raise ValueError(f'on_conflict is {on_conflict!r}; it is "error", "untie" or "canonical"')
-    for refused in _LOSING:
-        if refused in kwargs:
-            raise TypeError(f"{refused} cannot be given: what is missing or does not fit is always an error here")
-    for refused in _ELSEWHERE:
-        if refused in kwargs:
-            raise TypeError(f"{refused} cannot be given: only {WEIGHTS} or its shards in the folder itself are read")
+    for option, reason in _REFUSED.items():
+        if option in kwargs:
+            raise TypeError(f"{option} cannot be given: {reason}")
 
 
 def _read(cls: type[_Model], folder: Path, evidence: Evidence, kwargs: dict[str, Any]) -> tuple[_Model, dict[str, Any]]:

@@ -188,21 +188,14 @@ def _check_data(state: Mapping[str, object]) -> None:
 
 def _derivable(plan: TiePlan, pairs: list[tuple[str, str]]) -> set[str]:
     """The aliases that transformers makes of a stored name when it loads."""
-    return {
-        alias.name
-        for group in plan.groups
-        for alias in group.aliases
-        if alias.view is None and _connected(group.canonical, alias.name, set(group.names), pairs)
-    }
-
-
-def _connected(start: str, goal: str, within: set[str], pairs: list[tuple[str, str]]) -> bool:
-    reached, grows = {start}, True
-    while grows and goal not in reached:
-        joined = {name for pair in pairs if reached & set(pair) for name in pair} & within
-        grows = bool(joined - reached)
-        reached |= joined
-    return goal in reached
+    found: set[str] = set()
+    for group in plan.groups:
+        within = [pair for pair in pairs if set(pair) <= set(group.names)]
+        reached = {group.canonical}
+        for _ in within:  # each round reaches further, or all that can be is reached
+            reached.update(*(pair for pair in within if not reached.isdisjoint(pair)))
+        found |= reached & {alias.name for alias in plan.whole_aliases(group.canonical)}
+    return found
 
 
 def _renamed(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

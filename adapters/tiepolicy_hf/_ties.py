@@ -38,16 +38,7 @@ class Evidence:
 
 
 def check_places(model: PreTrainedModel, places: Mapping[str, object], evidence: Evidence) -> None:
-    """Refuse places that split a tie.
-
-    Args:
-        model: What is about to be read into.
-        places: Devices of modules, by the beginning of their names.
-        evidence: What is known of its ties.
-
-    Raises:
-        CheckpointError: If two names of one tensor have two places.
-    """
+    """Refuse places, which are devices of modules by the beginning of their names, if they split a tie."""
     if evidence.on_conflict == "untie":
         return
     names = _Names(model, set())
