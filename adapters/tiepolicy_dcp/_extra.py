@@ -1,4 +1,4 @@
-"""Step 13, extra state: JSON values and tensors that ride along with a checkpoint, without pickle."""
+"""Step 12, extra state: JSON values and tensors that ride along with a checkpoint, without pickle."""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""Step 19, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 18, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,18 @@ from torch.optim import Optimizer
 import tiepolicy
 from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
-from tiepolicy.files import Verify
+from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, read_digests
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
 from tiepolicy_dcp._extra import TENSORS, VALUES, read_extra
-from tiepolicy_dcp._folder import MANIFEST, read_manifest
+from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
 from tiepolicy_dcp._groups import decode, joined
-from tiepolicy_dcp._intact import IntactFiles
 from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
-from tiepolicy_dcp._ranks import agreed_plan, on_all_ranks
+from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
 from tiepolicy_dcp._state import ModelState, OptimizerState, StateEntry, observed
 from tiepolicy_dcp.errors import CheckpointError
+
+logger = logging.getLogger("tiepolicy_dcp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,17 +94,16 @@ def load(
         ManifestError: If the manifest contradicts itself or the metadata.
         CheckpointError: If the folder is no checkpoint, is damaged, or asks for more than reading tensors.
     """
-    intact = IntactFiles(Path(folder).absolute(), verify=verify)
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external), stages=True)
     model_state = ModelState(model, plan=plan, external=external)
     optimizer_state = None if optimizer is None else OptimizerState(model, optimizer, plan=plan)
-    return _restore(intact, model_state, optimizer_state)
+    return _restore(Path(folder).absolute(), model_state, optimizer_state, verify)
 
 
-def _restore(intact: IntactFiles, model: ModelState, optimizer: OptimizerState | None) -> Restored:
+def _restore(folder: Path, model: ModelState, optimizer: OptimizerState | None, verify: Verify) -> Restored:
     plan = model.plan
     live, entries = observed(model, optimizer)
-    found = _check(intact, plan, entries, external=model.external or {})
+    found = _check(folder, plan, entries, external=model.external or {}, verify=verify)
     model_actions = settle_model(found.stored, found.actions, live=live, taken=found.taken, plan=plan)
     places = {name: entry.place for name, entry in entries.items()}
     states = {name: entry.tensor for name, entry in entries.items()}
@@ -127,35 +128,52 @@ class _Found:
     optimizer_actions: Sequence[Action]
 
 
-def _check(intact: IntactFiles, plan: TiePlan, entries: Mapping[str, StateEntry], *, external: Owners) -> _Found:
+def _check(
+    folder: Path, plan: TiePlan, entries: Mapping[str, StateEntry], *, external: Owners, verify: Verify
+) -> _Found:
     """Look at everything but the tensors. Called by all ranks; an error on one is an error on all."""
-    folder = intact.folder
     found: list[_Found] = []
 
     def look() -> None:
-        intact.expect((MANIFEST, VALUES, TENSORS))
-        stored = StoredTensors(folder, intact)
+        records = _check_share(folder, verify)
+        stored = StoredTensors(folder)
+        check_recorded(folder, records, (METADATA, MANIFEST, VALUES, TENSORS, *stored.files))
         actions = reconcile(plan, _saved(folder, stored.specs("model.")))
         taken = {action.name: take(action.external, external) for action in actions if action.external is not None}
+        optimizer_actions = reconcile_optimizer(entries, stored, SavedNames(actions, plan))
+        extra = read_extra(folder) if (folder / MANIFEST).exists() else {}
         found.append(
-            _Found(
-                stored=stored,
-                extra=read_extra(folder) if (folder / MANIFEST).exists() else {},
-                actions=actions,
-                taken=taken,
-                optimizer_actions=reconcile_optimizer(entries, stored, SavedNames(actions, plan)),
-            )
+            _Found(stored=stored, extra=extra, actions=actions, taken=taken, optimizer_actions=optimizer_actions)
         )
 
     def check() -> None:
         try:
-            with intact.explaining():
-                look()
+            look()
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read: {error}. Nothing was loaded") from error
 
     on_all_ranks(check)
     return found[0]
+
+
+def _check_share(folder: Path, verify: Verify) -> Mapping[str, FileRecord] | None:
+    """Hold this rank's share of the files against what was recorded; that, or None if there is nothing to hold to."""
+    if verify == "off":
+        return None
+    records = read_digests(folder)
+    if records is None and (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder / DIGESTS} is missing: a part of the checkpoint was lost. Nothing was loaded. To load it "
+            'unchecked, pass verify="off"'
+        )
+    if records is None:  # plain DCP wrote it
+        return None
+    if verify == "full" and not all(record.digest for record in records.values()):
+        logger.warning("%s was saved without digests: only the sizes of its files are checked", folder)
+    # Data files first, by number: a rank then reads the file into its host's memory that it will load most of.
+    names = sorted(records, key=lambda name: (not name.startswith("__"), len(name), name))
+    check_files(folder, records, names[rank() :: num_ranks()], verify=verify, advice="Load an earlier checkpoint")
+    return records
 
 
 def _saved(folder: Path, stored: Mapping[str, TensorSpec]) -> TiePlan | Mapping[str, TensorSpec]:

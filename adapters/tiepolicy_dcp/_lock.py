@@ -1,4 +1,4 @@
-"""Step 21, a lock: one process writes under a root, and the kernel frees the root when that process is gone."""
+"""Step 20, a lock: one process writes under a root, and the kernel frees the root when that process is gone."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Step 20, pointers: which checkpoint of a root is the latest and which the best; both move in one step.
+"""Step 19, pointers: which checkpoint of a root is the latest and which the best; both move in one step.
 
 `LATEST` and `BEST` are links to files of one name in `.pointers`, itself a link to a folder. Renaming another link over
 `.pointers` moves both.

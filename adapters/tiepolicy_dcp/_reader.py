@@ -1,4 +1,4 @@
-"""Step 9, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
+"""Step 8, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.metadata import (
 from tiepolicy import TensorSpec
 from tiepolicy.files import ChunkedTensor, read_sharded_metadata
 from tiepolicy_dcp._archives import ArchiveReader
-from tiepolicy_dcp._folder import METADATA
-from tiepolicy_dcp._intact import IntactFiles
 from tiepolicy_dcp._ranks import num_ranks, on_all_ranks, rank
 from tiepolicy_dcp.errors import CheckpointError
 
@@ -29,21 +27,20 @@ class StoredTensors:
 
     Args:
         folder: The checkpoint.
-        intact: Whether its files are damaged.
 
     Raises:
         CheckpointError: If it has no metadata, or it is damaged.
         UntrustedCheckpointError: If it names anything but the parts of tensor metadata, or a file elsewhere.
     """
 
-    def __init__(self, folder: Path, intact: IntactFiles) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.intact = intact
         found = read_sharded_metadata(folder, files=slice(rank(), None, num_ranks()))
         self._tensors = found.tensors
         #: Names of entries that are pickled objects, which are never read.
         self.objects = found.objects
-        intact.expect({METADATA, *(place.file for place in found.places)})
+        #: Names of the files that hold tensors.
+        self.files = {place.file for place in found.places}
         self._places: dict[str, list[tuple[tuple[int, ...] | None, int | None, _StorageInfo]]] = {}
         for place in found.places:
             info = _StorageInfo(place.file, place.start, place.length, place.transforms or None)
@@ -78,24 +75,23 @@ class StoredTensors:
 def read_tensors(stored: StoredTensors, targets: Mapping[str, tuple[str, torch.Tensor]]) -> None:
     """Read stored tensors into live ones, in place. Called by all ranks, each with what it wants.
 
-    Nothing is changed on any rank before every rank has found what it wants, in files that were checked.
+    Nothing is changed on any rank before every rank has found what it wants.
 
     Args:
         stored: The checkpoint.
         targets: The stored name and the tensor to read it into, by a name for each; whole tensors only.
 
     Raises:
-        CheckpointError: On every rank, if one rank could not read, or a file is damaged.
+        CheckpointError: On every rank, if one rank could not read.
     """
     metadata = stored.metadata({name: source for name, (source, _) in targets.items()})
     reader, planner = ArchiveReader(stored.folder), DefaultLoadPlanner(flatten_state_dict=False)
 
     def find() -> None:
-        with stored.intact.explaining(), _naming(stored.folder):
+        with _naming(stored.folder):
             planner.set_up_planner({name: tensor for name, (_, tensor) in targets.items()}, metadata)
             reader.set_up_storage_reader(metadata, is_coordinator=False)
             reader.find(planner.create_local_plan())
-        stored.intact.check()
 
     def fill() -> None:
         with _naming(stored.folder):

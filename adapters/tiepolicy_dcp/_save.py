@@ -1,4 +1,4 @@
-"""Step 16, saving: plan, agree, write, flush, publish."""
+"""Step 15, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

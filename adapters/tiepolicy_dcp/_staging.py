@@ -1,4 +1,4 @@
-"""Step 22, staging: copies of live tensors in memory that is kept between saves, so that training may go on.
+"""Step 21, staging: copies of live tensors in memory that is kept between saves, so that training may go on.
 
 What lies on a GPU is copied within it if it has room, which takes milliseconds, and fetched while it is written.
 """

@@ -1,4 +1,4 @@
-"""Step 12, state: what of a model and an optimizer goes into a checkpoint, tied tensors once and nothing pickled."""
+"""Step 11, state: what of a model and an optimizer goes into a checkpoint, tied tensors once and nothing pickled."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Step 25, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 24, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math

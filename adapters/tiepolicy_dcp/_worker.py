@@ -1,4 +1,4 @@
-"""Step 23, another process that writes files, and how to talk to it.
+"""Step 22, another process that writes files, and how to talk to it.
 
 The tensors lie in memory that both processes map; what is said is JSON, a line each way for each file.
 """
