@@ -1,4 +1,4 @@
-"""Step 7, archives: tensors that `torch.save` wrote are read straight to where they belong.
+"""Step 6, archives: tensors that `torch.save` wrote are read straight to where they belong.
 
 Format: a zip file of stored records, `data.pkl` and `data/0` among them (torch/serialization.py of torch 2.13).
 `torch.load` reads into memory of its own, which is then copied. What is no plain contiguous tensor is left to it.

@@ -1,4 +1,4 @@
-"""Step 23, saving while training goes on: copy, return, and write what was copied in the background."""
+"""Step 19, saving while training goes on: copy, return, and write what was copied in the background."""
 
 import logging
 import threading
@@ -18,8 +18,7 @@ from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard
 from tiepolicy_dcp._ranks import all_present, is_distributed, is_first_rank, on_all_ranks, on_first_rank
 from tiepolicy_dcp._save import Contents, Given, Job, begin, collect, complete
-from tiepolicy_dcp._staging import Staging
-from tiepolicy_dcp._worker import WorkerProcess
+from tiepolicy_dcp._staging import Staging, WorkerProcess
 from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")

@@ -1,4 +1,4 @@
-"""Step 17, conflicts: stored values that are one in the model are read aside and compared, before it is touched."""
+"""Step 15, conflicts: stored values that are one in the model are read aside and compared, before it is touched."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

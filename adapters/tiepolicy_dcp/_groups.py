@@ -1,4 +1,4 @@
-"""Step 10, parameter groups: the hyperparameters of a group as bytes, with a digest of the names that it is for."""
+"""Step 9, parameter groups: the hyperparameters of a group as bytes, with a digest of the names that it is for."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Step 18, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 16, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,12 @@ from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, reconcile
 from tiepolicy.errors import ManifestError
 from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, read_digests
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
-from tiepolicy_dcp._extra import TENSORS, VALUES, read_extra
 from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
 from tiepolicy_dcp._groups import decode, joined
 from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
 from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
-from tiepolicy_dcp._state import ModelState, OptimizerState, StateEntry, observed
+from tiepolicy_dcp._state import TENSORS, VALUES, ModelState, OptimizerState, StateEntry, observed, read_extra
 from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")

@@ -1,4 +1,4 @@
-"""Step 16, optimizer state across ties: which stored state each parameter gets, named as the checkpoint names it."""
+"""Step 14, optimizer state across ties: which stored state each parameter gets, named as the checkpoint names it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

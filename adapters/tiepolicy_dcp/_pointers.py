@@ -1,4 +1,4 @@
-"""Step 19, pointers: which checkpoint of a root is the latest and which the best; both move in one step.
+"""Step 17, a root: which checkpoint is the latest and which the best, and one process that writes.
 
 `LATEST` and `BEST` are links to files of one name in `.pointers`, itself a link to a folder. Renaming another link over
 `.pointers` moves both.
@@ -7,6 +7,7 @@
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -72,3 +73,61 @@ def _link(path: Path, target: str) -> None:
     fresh = temporary(path, "unfinished")
     fresh.symlink_to(target)
     os.replace(fresh, path)  # noqa: PTH105 - atomic over an existing file on every system
+
+
+try:
+    from filelock import FileLock, Timeout
+except ImportError as error:
+    raise ImportError("tiepolicy_dcp needs filelock: pip install 'tiepolicy[dcp]'") from error
+
+_LOCK = ".lock"
+_WRITER = ".writer"
+
+
+class WriterLock:
+    """The right to write under a root, held from `acquire` until `release` or the end of the process, however it ends.
+
+    Stores of one process share it. An orphan of a killed run that goes on writing keeps it.
+
+    Args:
+        root: The folder; made by `acquire`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock: FileLock | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._lock is not None
+
+    def acquire(self) -> None:
+        """Take the lock, at once or not at all.
+
+        Raises:
+            CheckpointError: If another process holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / _LOCK, is_singleton=True, thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise CheckpointError(
+                f"{self.root} is written by {self._writer()}, and two writers would destroy each other's checkpoints: "
+                "end that one first, or choose another folder"
+            ) from error
+        self._lock = lock
+        write_text(self.root / _WRITER, f"process {os.getpid()} on host {socket.gethostname()}\n")
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _writer(self) -> str:
+        try:
+            return (self.root / _WRITER).read_text(encoding="utf-8").strip() or "another process"
+        except OSError:
+            return "another process"

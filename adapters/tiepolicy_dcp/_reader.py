@@ -1,4 +1,4 @@
-"""Step 8, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
+"""Step 7, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

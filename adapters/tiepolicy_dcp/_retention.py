@@ -1,4 +1,4 @@
-"""Step 13, retention: how many checkpoints there were before one, how good it is, and which of them are kept."""
+"""Step 11, retention: how many checkpoints there were before one, how good it is, and which of them are kept."""
 
 import math
 from collections.abc import Collection, Mapping

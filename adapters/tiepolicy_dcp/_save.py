@@ -1,4 +1,4 @@
-"""Step 15, saving: plan, agree, write, flush, publish."""
+"""Step 13, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 import tiepolicy
 from tiepolicy import Owners, TiePlan
 from tiepolicy.files import DIGESTS, FileRecord, digests_text, measure
-from tiepolicy_dcp._extra import Extra, pack_extra, write_extra
 from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
 from tiepolicy_dcp._folder import discard, prepare, publish, write_manifest, write_text
 from tiepolicy_dcp._groups import encode, joined
@@ -28,7 +27,7 @@ from tiepolicy_dcp._ranks import (
 )
 from tiepolicy_dcp._retention import RECORD
 from tiepolicy_dcp._stages import store_once
-from tiepolicy_dcp._state import ModelState, OptimizerState, observed
+from tiepolicy_dcp._state import Extra, ModelState, OptimizerState, observed, pack_extra, write_extra
 from tiepolicy_dcp._writer import AliasWriter, Share, data_file, divide
 from tiepolicy_dcp.errors import CheckpointError, LostRankError
 

@@ -1,4 +1,4 @@
-"""Step 14, stages: the ranks of a pipeline hold parts of one model, and a tie between two of them is stored once."""
+"""Step 12, stages: the ranks of a pipeline hold parts of one model, and a tie between two of them is stored once."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple

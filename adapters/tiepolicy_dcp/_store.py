@@ -1,4 +1,4 @@
-"""Step 24, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 20, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math
@@ -15,8 +15,7 @@ from tiepolicy.files import Verify
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
 from tiepolicy_dcp._folder import delete, remove_leftovers
 from tiepolicy_dcp._load import Restored, load
-from tiepolicy_dcp._lock import WriterLock
-from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, move_pointers, read_pointer
+from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, WriterLock, move_pointers, read_pointer
 from tiepolicy_dcp._ranks import on_first_rank
 from tiepolicy_dcp._retention import Mode, Record, Retention, checked_metrics, is_checkpoint, read_records
 from tiepolicy_dcp._save import Contents, Given, begin, collect, complete

@@ -1,4 +1,4 @@
-"""Step 9, writing once and naming twice: each rank writes its share, and an alias points to the canonical bytes.
+"""Step 8, writing once and naming twice: each rank writes its share, and an alias points to the canonical bytes.
 
 So a plain `dcp.load` or `dcp_to_torch_save`, which knows nothing of ties, finds every name, at no extra byte. A view
 that is made of whole rows of its tensor is found like this too, as the tensor is cut there into chunks. Any other view,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiepolicy.files import FileRecord, check_files, measure
-from tiepolicy_dcp import _pieces
+from tiepolicy_dcp import _files
 from tiepolicy_dcp._archives import find_tensor
 from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, as_bytes, fetch, read_
 from tiepolicy_dcp._files import write_tensors
@@ -69,14 +69,14 @@ def test_tensors_of_every_layout_are_written_whole(tmp_path):
 
 
 def test_a_file_system_that_knows_only_its_cache_is_written_through_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(_pieces, "_open_past_cache", lambda _: None)
+    monkeypatch.setattr(_files, "_open_past_cache", lambda _: None)
     tensors = every_layout()
     check_file(tmp_path / "data", tensors, write_tensors(tmp_path / "data", tensors))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
 def test_a_piece_that_cannot_be_written_is_an_error_that_is_heard(tmp_path, monkeypatch):
-    monkeypatch.setattr(_pieces, "_open_past_cache", lambda _: os.open("/dev/full", os.O_WRONLY))
+    monkeypatch.setattr(_files, "_open_past_cache", lambda _: os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(OSError, match="No space left on device"):
         write_tensors(tmp_path / "data", every_layout())
 
