@@ -189,7 +189,10 @@ def _data_rows(config: RunConfig, result: Estimate) -> Iterator[tuple[str, str]]
     shares = f", {data.supervision.share:.1%} of them supervised" if data.supervision.is_counted else ""
     yield "conversations", f"{data.num_conversations:,}"
     yield "tokens per epoch", f"{about}{data.num_tokens:,}{shares}"
-    yield "optimizer steps", f"{about}{result.num_steps:,} in {config.train.epochs} epochs"
+    yield (
+        "optimizer steps",
+        f"{about}{result.num_steps:,} in {config.train.epochs} epoch{'s' if config.train.epochs > 1 else ''}",
+    )
     if data.coverage is None:
         yield "coverage of the draft vocabulary", "unknown until `eagle3 vocab` has counted the tokens"
     else:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from eagle3.cache import CachedTarget, CacheKey, FeatureReader
 from eagle3.capture import write_features
 from eagle3.config import RunConfig
+from eagle3.conversations import count_conversations
 from eagle3.description import (
     TargetDescription,
     choose_layers,
@@ -183,6 +184,8 @@ def _laid_out(data: EncodedData, config: RunConfig) -> EncodedData:
 
 
 def _load_both(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedData, EncodedData | None]:
+    if config.data.validation is not None:
+        count_conversations(config.data.validation)  # so that a wrong path is met before the training data is read
     data = load_data(config.data.train, config, tokenizer)
     logger.info("Data: %s", data)
     validation = None

@@ -92,7 +92,13 @@ def columns(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str
 
 
 def _folded(cell: str, width: int) -> list[str]:
-    return [cell] if len(cell) <= width else textwrap.wrap(cell, width, subsequent_indent="  ", break_on_hyphens=False)
+    """A cell in lines, broken behind dots and spaces as far as there are any."""
+    lines = []
+    while len(cell) > width:
+        end = max(cell.rfind(mark, 3, width) for mark in ". ") + 1 or width
+        lines.append(cell[:end].rstrip())
+        cell = f"  {cell[end:].lstrip()}"
+    return [*lines, cell]
 
 
 def printable(text: str) -> str:

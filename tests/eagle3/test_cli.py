@@ -55,6 +55,12 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(world, tmp_path, capfd, opt
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_missing_validation_data_is_met_before_the_training_data_is_read(world, tmp_path, capfd):
+    assert 2 == main(train_arguments(world, tmp_path / "run", "--data.validation", "nowhere.jsonl"))
+    output = capfd.readouterr().err
+    assert ("nowhere.jsonl cannot be read: No such file" in output, "Tokenizing" in output) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
