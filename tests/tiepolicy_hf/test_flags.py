@@ -85,15 +85,21 @@ def test_a_head_that_only_the_text_flag_ties_comes_from_the_embedding(cls, tmp_p
 @pytest.mark.parametrize(("top", "text"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_whatever_the_flags_say_the_saved_ones_say_what_is(top, text, tied, tmp_path):
-    """Today a head that only one flag ties is lost, as the test above shows."""
+    """Today flags that say otherwise lose the head when it is read, or when something ties it again."""
     model = tiny(LlavaForConditionalGeneration, tied=tied)
     set_flags(model, top=top, text=text)
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "theirs")
+    theirs.tie_weights()
+    kept = torch.equal(model.get_output_embeddings().weight, theirs.get_output_embeddings().weight)
+    assert (tied == (top or text)) is kept
     tiepolicy_hf.save_pretrained(model, tmp_path / "model")
     saved = config_of(tmp_path / "model")
     assert tied is saved["tie_word_embeddings"]
     assert tied is saved["text_config"].get("tie_word_embeddings", False)
     for load in (tiepolicy_hf.from_pretrained, lambda cls, folder: cls.from_pretrained(folder)):
         loaded = load(LlavaForConditionalGeneration, tmp_path / "model")
+        loaded.tie_weights()
         assert tied is (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight)
         assert torch.equal(model.get_output_embeddings().weight, loaded.get_output_embeddings().weight)
 
