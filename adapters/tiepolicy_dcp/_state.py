@@ -157,6 +157,9 @@ class OptimizerState(Stateful):
         for index, values in enumerate(live["param_groups"]):
             values.update(hyperparameters[f"param_groups.{index}"])
         set_optimizer_state_dict(self.model, self.optimizer, live)
+        for index, group in enumerate(self.optimizer.param_groups):
+            if not group["params"]:  # torch 2.13 leaves nothing in it, not even a learning rate
+                group.update(hyperparameters[f"param_groups.{index}"])
 
     def _live(self) -> dict[str, Any]:
         """State and groups by the names that torch gives the parameters; the values are the live ones."""

@@ -264,6 +264,37 @@ def test_hyperparameters_that_plain_dcp_pickled_are_named_and_not_run(tmp_path):
         tiepolicy_dcp.load(tmp_path / "c", model=model, optimizer=optimizer)
 
 
+def with_empty_group(model, lr):
+    return torch.optim.AdamW([{"params": []}, {"params": list(model.parameters())}], lr=lr)
+
+
+def test_today_a_group_without_parameters_loses_its_learning_rate():
+    model = TiedPair()
+    optimizer = with_empty_group(model, 0.1)
+    set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
+    assert "lr" not in optimizer.param_groups[0]
+
+
+def test_a_group_without_parameters_is_restored(tmp_path):
+    model, resumed = TiedPair(), TiedPair()
+    optimizer = with_empty_group(resumed, 0.5)
+    tiepolicy_dcp.save(tmp_path / "c", model=model, optimizer=with_empty_group(model, 0.1))
+    tiepolicy_dcp.load(tmp_path / "c", model=resumed, optimizer=optimizer)
+    assert [0.1, 0.1] == [group["lr"] for group in optimizer.param_groups]
+    train_steps(resumed, optimizer, num_steps=1)
+
+
+def test_hyperparameters_that_are_no_json_are_refused(tmp_path):
+    model = TiedPair()
+    optimizer = adamw(model)
+    optimizer.param_groups[0]["schedule"] = object()
+    with pytest.raises(
+        CheckpointError, match="the hyperparameters of parameter group 0 are no JSON: Object of type object"
+    ):
+        tiepolicy_dcp.save(tmp_path / "c", model=model, optimizer=optimizer)
+    assert [] == list(tmp_path.iterdir())
+
+
 def test_an_optimizer_of_parameters_that_the_model_lost_is_refused():
     """As after a load that replaced the parameters behind the optimizer."""
     model = TiedPair()

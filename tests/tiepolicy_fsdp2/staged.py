@@ -230,17 +230,20 @@ def resume():
     return {
         "loaded": all(both([stopped, stopped] == bits)),
         "as_one": all(both(len(stopped) > 8 and stopped.items() <= (as_one | renamed(as_one)).items())),
-        "groups": all(both(all(one == groups[0] for one in groups) and 2 == len(groups[0]))),
+        "groups": all(both(all(one == groups[0] for one in groups) and 3 == len(groups[0]))),
         "resumed": all(both(digests(stages[0], optimizers[0]) == digests(stages[1], optimizers[1]))),
         "notes": [action.note for actions in both(restored.optimizer_actions) for action in actions if action.note],
     }
 
 
 def grouped(model, *, lr):
-    """AdamW without decay for what is no matrix."""
+    """AdamW without decay for what is no matrix, and with its own for what only the first stage has."""
+    own = dict(model.named_parameters()).get("layers.0.down.bias")
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1 and parameter is not own]
     groups = [
         {"params": [parameter for parameter in model.parameters() if parameter.ndim > 1]},
-        {"params": [parameter for parameter in model.parameters() if parameter.ndim == 1], "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": [] if own is None else [own], "weight_decay": 0.5},
     ]
     return torch.optim.AdamW(groups, lr=lr)
 

@@ -128,8 +128,8 @@ def test_the_optimizer_states_of_stages_lie_on_disk_once_under_every_name_of_the
         for name in ("lm_head.weight", "layers.1.up.weight")
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
-    assert {*named, *aliases, "param_groups.1"} == names
-    assert len(named) + 1 == len(records)
+    assert {*named, *aliases, "param_groups.1", "param_groups.2"} == names
+    assert len(named) + 2 == len(records)
 
 
 @pytest.mark.parametrize("case", UNFIT_OPTIMIZERS)
