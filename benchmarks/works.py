@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle3.sizes import StepSizes
+from eagle3.speed import StepSizes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Step 46: what a run will take, from its settings and the target's config alone: nothing is loaded."""
+"""Step 44: what a run will take, from its settings and the target's config alone: nothing is loaded."""
 
 import json
 from collections.abc import Iterator
@@ -18,8 +18,7 @@ from eagle3.draft import Draft
 from eagle3.errors import ConfigError
 from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data
-from eagle3.sizes import ASSUMED, Supervision
-from eagle3.speed import ATTENTION, DEVICES, FP8, PRODUCTS
+from eagle3.speed import ASSUMED, ATTENTION, DEVICES, FP8, PRODUCTS, Supervision
 from eagle3.terminal import say, show, waiting
 from eagle3.vocab import choose_draft_vocab, count_supervised, forced_ids
 from tiepolicy import format_bytes

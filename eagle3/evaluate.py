@@ -1,4 +1,4 @@
-"""Step 38: measures a draft by what it is for: tokens for each pass of the target, and time."""
+"""Step 37: measures a draft by what it is for: tokens for each pass of the target, and time."""
 
 import json
 import time

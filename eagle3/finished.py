@@ -1,4 +1,4 @@
-"""Step 36: opens what a run left: its settings, the draft of one checkpoint, and the target it was made for."""
+"""Step 35: opens what a run left: its settings, the draft of one checkpoint, and the target it was made for."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Step 45: what one device spends on an optimizer step of a run: bytes by what they are for, and seconds."""
+"""Step 43: what one device spends on an optimizer step of a run: bytes by what they are for, and seconds."""
 
 from typing import Any
 
@@ -8,8 +8,7 @@ from eagle3 import fused, loss, teacher
 from eagle3.config import RunConfig
 from eagle3.draft import Draft
 from eagle3.fused_scorer import obstacle
-from eagle3.sizes import StepSizes, Supervision, sizes_of
-from eagle3.speed import Device, TargetSizes, step_seconds
+from eagle3.speed import Device, StepSizes, Supervision, TargetSizes, sizes_of, step_seconds
 
 #: What autograd keeps for the backward pass, times what the fused step keeps; measured.
 _AUTOGRAD = 3.85

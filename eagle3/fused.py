@@ -1,4 +1,4 @@
-"""Step 26: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
+"""Step 25: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
 
 The same numbers as `TrainingTimeTest` under autograd, to rounding, in about half the time on a GPU: the half of
 queries, keys and values that depends on the token alone is computed once per token; each weight's gradient is one
@@ -20,12 +20,12 @@ from torch.nn import functional
 
 from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
-from eagle3.head import Fp8Head, Head
 from eagle3.kernels.causal import causal_attention, causal_attention_backward
 from eagle3.kernels.heads import Heads, place_keys_values, place_queries, sum_by_token, unrotate_
 from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
 from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
+from eagle3.layers import Fp8Head, Head
 from eagle3.loss import StepCounts
 from eagle3.pairs import PairPlan
 from eagle3.tape import Tape, TapeGradients

@@ -1,4 +1,4 @@
-"""Step 39: reads an exported folder back and drafts with it, by nothing but what the folder says.
+"""Step 38: reads an exported folder back and drafts with it, by nothing but what the folder says.
 
 Written from the engines' file format and not from the draft's code, so that an export is compared with another reading
 of it. Slow: one row at a time, in float64.

@@ -1,4 +1,4 @@
-"""Step 25: what the fused step keeps on its way forward, and the gradients on its way back.
+"""Step 24: what the fused step keeps on its way forward, and the gradients on its way back.
 
 Shape suffixes: L = BT tokens of the batch, N rows that carry loss, S steps, J = S - 1 later steps, H draft hidden, W
 projected width, U = 2K * d, Q query heads, K key and value heads, d head dimension, G partial sums.
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from eagle3.flat import FlatWeights
-from eagle3.head import Fp8Head, Head, head_of
 from eagle3.kernels.causal import CausalResult
 from eagle3.kernels.heads import Heads
 from eagle3.kernels.norms import weight_gradient_parts
-from eagle3.mlp import Fp8Mlp, Mlp, mlp_of
+from eagle3.layers import Fp8Head, Fp8Mlp, Head, Mlp, head_of, mlp_of
 from eagle3.pairs import PairPlan
 
 

@@ -24,14 +24,14 @@ FLOW = {
     "tiepolicy": """errors _facts _memory _observe _claims _evidence _groups _values _conflict _external _retie
         _display _paths _manifest _plan hookspecs _rules _plugins _policy _reconcile _safetensors _pickles _metadata
         _contents _digests files _verify _diff _inspect _cli __main__ __init__ _laws testing""",
-    "tiepolicy_hf": "_plugin _flags _folder _trust _save _ties _load _trainer __init__",
+    "tiepolicy_hf": "_plugin _flags _folder _save _ties _load _trainer __init__",
     "tiepolicy_dcp": """errors _ranks _folder _devices _frames _files _archives _reader _writer _groups _state
         _retention _stages _save _optimizer _conflicts _load _pointers _staging _async _store __init__""",
-    "tiepolicy_fsdp2": "errors _kept _groups _ranks _shard _materialize _pipeline __init__",
+    "tiepolicy_fsdp2": "errors _kept _groups _shard _materialize _pipeline __init__",
     "eagle3": """errors terminal files config options conversations features tokens data vocab description target
-        cache capture parallel inputs teacher blueprint draft attention loss unroll flat pairs mlp head tape fused
+        cache capture parallel inputs teacher blueprint draft attention loss unroll flat pairs layers tape fused
         graphs optimizer metrics checkpoint step fused_scorer trainer embedded speculate finished commands evaluate
-        reread export report demo sizes speed forecast estimate manual cli __main__ __init__""",
+        reread export report demo speed forecast estimate manual cli __main__ __init__""",
 }
 
 

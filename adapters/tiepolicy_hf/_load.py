@@ -1,4 +1,4 @@
-"""Step 7, loading: transformers reads, the policy ties; every tensor comes from the folder, or an error says why not.
+"""Step 6, loading: transformers reads, the policy ties; every tensor comes from the folder, or an error says why not.
 
 transformers asks a model to tie itself once its tensors are read, and tells it which were missing:
 `tie_weights(missing_keys=...)`. That is where the decision belongs, and where it is made here. A class that answers by
@@ -20,10 +20,9 @@ from tiepolicy import Policy, TiePlan
 from tiepolicy.errors import MissingTensorError, ShapeMismatchError, UntrustedCheckpointError
 from tiepolicy.files import Verify, read_json
 from tiepolicy_hf._flags import correct_flags_
-from tiepolicy_hf._folder import WEIGHTS, find_weights
+from tiepolicy_hf._folder import CONFIG, WEIGHTS, check_folder, check_size, find_weights, naming_config
 from tiepolicy_hf._plugin import FLAG, declarations
 from tiepolicy_hf._ties import Evidence, OnConflict, check_places, tie_what_was_read_
-from tiepolicy_hf._trust import CONFIG, check_folder, check_size, naming_config
 
 # Options of transformers that would let something be lost, and those that would have it open files nobody looked at.
 _REFUSED = dict.fromkeys(

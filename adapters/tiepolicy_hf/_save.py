@@ -1,4 +1,4 @@
-"""Step 5, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
+"""Step 4, saving: a plain Hugging Face folder in which every tensor is stored once and no flag says otherwise."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,8 +17,7 @@ from tiepolicy import Policy, TiePlan
 from tiepolicy.errors import CheckpointError, MissingTensorError, ObservationError, ShapeMismatchError
 from tiepolicy.files import MANIFEST_KEY
 from tiepolicy_hf._flags import corrected_config, corrections, declared_by, lasting, rebuilt_pairs
-from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder, writing
-from tiepolicy_hf._trust import write_digests
+from tiepolicy_hf._folder import INDEX, remove_model_, replace_folder, write_digests, writing
 
 _PATTERN = "model{suffix}.safetensors"
 

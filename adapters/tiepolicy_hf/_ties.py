@@ -1,4 +1,4 @@
-"""Step 6, ties: which names of a model become one parameter while it is read, decided by what was read."""
+"""Step 5, ties: which names of a model become one parameter while it is read, decided by what was read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

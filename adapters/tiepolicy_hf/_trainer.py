@@ -1,4 +1,4 @@
-"""Step 8, training: a callback under which every checkpoint of `transformers.Trainer` keeps the laws."""
+"""Step 7, training: a callback under which every checkpoint of `transformers.Trainer` keeps the laws."""
 
 import functools
 import os

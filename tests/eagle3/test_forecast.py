@@ -12,8 +12,7 @@ from eagle3.blueprint import draft_config
 from eagle3.config import DataConfig, DraftConfig, RunConfig, TargetConfig, TrainConfig, UnrollConfig
 from eagle3.draft import Draft
 from eagle3.forecast import Forecast
-from eagle3.sizes import ASSUMED, Supervision, sizes_of
-from eagle3.speed import DEVICES, TargetSizes, step_seconds
+from eagle3.speed import ASSUMED, DEVICES, Supervision, TargetSizes, sizes_of, step_seconds
 from eagle3.tokens import EncodedData, Example
 from eagle3.unroll import plan_rows
 
