@@ -9,9 +9,6 @@ precision and more range, for the gradients of logits, which span as much as a s
 Shape suffixes: M rows, K and N columns, I intermediate width, U = M rounded up to what products ask for.
 """
 
-# Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass

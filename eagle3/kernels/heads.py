@@ -8,9 +8,6 @@ Shape suffixes: M rows, W = (Q + 2K)d projected width, Q query heads, K key and 
 tokens of the batch, N rows that carry loss, S steps.
 """
 
-# Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,9 +3,6 @@
 Shape suffixes: M rows, H width, R rows of a gathered or scattered tensor, G partial sums over rows.
 """
 
-# Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,8 +1,5 @@
 """AdamW over one flat buffer, with the gradient's scale on the device."""
 
-# Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 from torch import Tensor

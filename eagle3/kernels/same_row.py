@@ -7,9 +7,6 @@ part, and the keys of the row get theirs here.
 Shape suffixes: N rows, L = BT all tokens, Q query heads, K key and value heads, d head dimension, J later steps.
 """
 
-# Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 import torch

@@ -3,9 +3,6 @@
 Shape suffixes: C pairs of a chunk, M teacher rows, D draft vocabulary.
 """
 
-# Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 from typing import NamedTuple

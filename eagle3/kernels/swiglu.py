@@ -3,9 +3,6 @@
 Shape suffixes: M rows, I intermediate width. Gate and up stand side by side: (M, 2I), the gate first.
 """
 
-# Kernels mark their constants with tl.constexpr, and tl is only there with Triton.
-# pyright: reportInvalidTypeForm=false
-
 from __future__ import annotations
 
 import torch

@@ -12,6 +12,7 @@ from eagle3.config import RunConfig
 from eagle3.errors import ConfigError
 from eagle3.estimate import estimate
 from eagle3.options import read_settings, shipped_configs
+from eagle3.speed import FP8
 from eagle3_targets import make_target, make_world
 
 
@@ -99,6 +100,14 @@ def test_json_is_for_programs(world, tmp_path, capfd):
     entry = json.loads(capfd.readouterr().out)
     assert (2, 12) == (entry["processes"], entry["data"]["num_conversations"])
     assert sum(entry["memory"].values()) == entry["memory_total"]
+
+
+def test_fp8_takes_less_time_and_the_estimate_says_by_how_much(world, tmp_path, capfd):
+    plain = estimate_of(world, tmp_path)
+    assert 0 == main(["estimate", *arguments(world, tmp_path, "--json", "--train.fp8")])
+    entry = json.loads(capfd.readouterr().out)
+    assert plain.step_seconds > entry["step_seconds"]
+    assert f"Products in FP8 {FP8:g} times as fast as in bfloat16 (as measured)." in entry["assumes"]
 
 
 def test_a_draft_vocabulary_larger_than_the_targets_is_one_sentence(world, tmp_path, capfd):

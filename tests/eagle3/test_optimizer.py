@@ -68,4 +68,10 @@ def test_norms_do_not_decay_and_matrices_do():
 
 def test_frozen_parameters_are_not_moved():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    assert 2 == len(DraftOptimizer(model, TrainConfig()).parameters)
+    optimizer = DraftOptimizer(model, TrainConfig(lr=0.1, weight_decay=0.5, warmup_ratio=0.0))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(scale=torch.tensor(1.0), seen_before=0.0, seen_after=0.5)
+    is_moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert [True, True, False, False] == is_moved
