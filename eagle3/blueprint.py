@@ -135,8 +135,10 @@ def read_draft_config(out: Path) -> LlamaConfig:
     """
     path = out / DRAFT_CONFIG
     try:
-        config: LlamaConfig = LlamaConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["eagle_aux_hidden_state_layer_ids"]  # of a draft, and not of any Llama
+        config: LlamaConfig = LlamaConfig.from_dict(content)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DraftError(
             f"The draft's config {path} cannot be read ({reason(error)}). A run is resumed with the --out it was "
             "started with."

@@ -22,7 +22,10 @@ from transformers import (
 from eagle3.errors import ConfigError, TargetError
 
 #: What transformers raises for a folder that it cannot read: each has been met, none is a programming error of ours.
-LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+    SafetensorError,
+)
 
 #: Downloads belong to the user's hand: a misspelt path must not become a question to a server. Nor is code run.
 LOAD_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

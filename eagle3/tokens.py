@@ -303,8 +303,8 @@ def _render(
         return tokenizer.apply_chat_template(messages, **options)
     except jinja2.TemplateError as error:
         raise DataError(
-            f"{conversation.where}: the chat template refuses the first {len(messages)} messages: {error}. "
-            "Change the conversation, or give the tokenizer another template."
+            f"{conversation.where}: the chat template refuses the first {len(messages)} messages "
+            f"({error}). Change the conversation, or give the tokenizer another template."
         ) from error
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eagle3.blueprint import read_draft_config
 from eagle3.cli import main
 from eagle3.config import RunConfig
+from eagle3.errors import DraftError
 from eagle3.inputs import asked_layers
 from eagle3.options import read_settings
 from eagle3_targets import make_target, make_world
@@ -48,6 +50,14 @@ def no_config(target, conversations):
     (target / "config.json").unlink()
 
 
+def null_as_config(target, conversations):
+    (target / "config.json").write_text("null")
+
+
+def null_as_tokenizer(target, conversations):
+    (target / "tokenizer_config.json").write_text("null")
+
+
 def no_weights(target, conversations):
     (target / "model.safetensors").unlink()
 
@@ -71,6 +81,8 @@ FAULTS = [
     (unknown_rope, "spiral"),
     (not_a_number, "NaN or infinity"),
     (no_config, "of the target"),
+    (null_as_config, "of the target"),
+    (null_as_tokenizer, "The tokenizer of the target"),
     (no_weights, "of the target"),
     (empty_data, "holds no conversation. Each line is one object such as"),
     (nothing_to_learn, "None of the 1 conversations has a token of the assistant within the first 40 tokens."),
@@ -124,6 +136,13 @@ def test_a_vocabulary_that_covers_too_little_is_refused_by_its_share(world, tmp_
     shutil.copy(world[1], tmp_path)
     assert 2 == run("vocab", tmp_path, "--draft.vocab_size", 8, "--draft.min_coverage", 0.9)
     assert "The 8 most frequent tokens are only" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"null", b"{}", b"[]", b"\xff"])
+def test_a_config_that_is_no_drafts_is_refused(tmp_path, content):
+    (tmp_path / "draft_config.json").write_bytes(content)
+    with pytest.raises(DraftError, match=r"draft_config\.json cannot be read"):
+        read_draft_config(tmp_path)
 
 
 def test_a_cache_needs_a_folder(world, tmp_path, capfd):

@@ -122,7 +122,7 @@ def test_a_conversation_that_starts_with_the_assistant_needs_tags():
 
 def test_a_conversation_that_the_template_refuses_is_named():
     template = "{{ raise_exception('no system message, please') }}"
-    with pytest.raises(DataError, match=r"chats\.jsonl:7: the chat template refuses the first 2 messages: no system"):
+    with pytest.raises(DataError, match=r"chats\.jsonl:7: the chat template refuses the first 2 messages \(no system"):
         encode([chat(("system", "x"), ("user", "y"))], make_tokenizer(template), max_length=200)
 
 
