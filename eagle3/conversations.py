@@ -179,7 +179,7 @@ def _parse_message(turn: object, *, where: str) -> tuple[Message | None, int]:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: `{content_key}` holds half of a surrogate pair, which no tokenizer reads."
+            f"{where}: `{content_key}` holds half of a surrogate pair, which no tokenizer reads. Remove it."
         ) from error
     return Message(role=_ROLES[role], content=content), num_calls
 

@@ -231,7 +231,9 @@ class FrozenTarget:
         """
         head = self.model.get_output_embeddings()
         if head is None:
-            raise TargetError(f"{type(self.model).__name__} has no output head, so it predicts no tokens.")
+            raise TargetError(
+                f"{type(self.model).__name__} has no output head, so it predicts no tokens. Choose a language model."
+            )
         head_VE: torch.Tensor = head.weight
         ids_BT = torch.arange(min(8, self.vocab_size), device=head_VE.device)[None]
         hidden_BTE = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
@@ -271,6 +273,6 @@ def _find_layers(decoder: nn.Module, *, num_layers: int) -> nn.ModuleList:
     if len(found) != 1:
         raise TargetError(
             f"{type(decoder).__name__} has {len(found)} lists of {num_layers} modules ({', '.join(found) or 'none'}), "
-            "but exactly one, the decoder layers, is needed to capture hidden states."
+            "but exactly one, the decoder layers, is needed to capture hidden states. Choose a target with one."
         )
     return next(iter(found.values()))

@@ -178,7 +178,7 @@ def test_a_target_with_a_narrower_embedding_is_refused():
 def test_a_target_without_an_output_head_is_refused():
     model = make_model()
     model.set_output_embeddings(None)
-    with pytest.raises(TargetError, match=r"LlamaForCausalLM has no output head, so it predicts no tokens\."):
+    with pytest.raises(TargetError, match=r"LlamaForCausalLM has no output head, so it predicts no tokens\. Choose"):
         FrozenTarget(model, tokenizer=make_tokenizer())
 
 
@@ -210,7 +210,7 @@ def test_a_path_that_does_not_exist_is_named():
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     make_model().save_pretrained(tmp_path)
-    with pytest.raises(TargetError, match=r"tokenizer of the target .* cannot be loaded\. The folder must hold"):
+    with pytest.raises(TargetError, match=r"tokenizer of the target .* cannot be loaded\. It must be a folder with"):
         FrozenTarget.load(tmp_path, dtype=torch.float32, device="cpu")
 
 
@@ -348,7 +348,7 @@ def test_of_a_model_that_also_reads_images_the_text_part_is_the_target(tmp_path,
 def test_a_folder_without_weights_is_named(tmp_path):
     make_model().config.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(TargetError, match=r"The model of the target .* cannot be loaded\. The folder must hold"):
+    with pytest.raises(TargetError, match=r"The model of the target .* cannot be loaded\. It must be a folder with"):
         FrozenTarget.load(tmp_path, dtype=torch.float32, device="cpu")
 
 
