@@ -59,12 +59,22 @@ def is_tied(model):
     return model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def loaded_from(folder):
+    """By transformers, and here."""
+    return LlamaForCausalLM.from_pretrained(folder), tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder)
+
+
+def check_loaded(model, folder, *, tied):
+    ids = torch.tensor([[5, 20, 7]])
+    for loaded in loaded_from(folder):
+        assert tied is is_tied(loaded)
+        assert torch.equal(model(ids).logits, loaded(ids).logits)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_weights_are_saved_as_transformers_saves_them(tied, tmp_path):
     model = bitnet(tmp_path, tied=tied)
-    folder = check_saved_as_by_transformers(model, tmp_path)
-    for load in (tiepolicy_hf.from_pretrained, lambda cls, folder: cls.from_pretrained(folder)):
-        loaded = load(LlamaForCausalLM, folder)
+    for loaded in loaded_from(check_saved_as_by_transformers(model, tmp_path)):
         assert tied is is_tied(loaded)
         assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
@@ -88,14 +98,6 @@ def test_weights_of_torchao_are_taken_apart_and_noted_as_by_transformers(max_sha
     model = quantized(tmp_path, config, tied=tied)
     folder = check_saved_as_by_transformers(model, tmp_path, max_shard_size=max_shard_size)
     check_loaded(model, folder, tied=tied)
-
-
-def check_loaded(model, folder, *, tied):
-    ids = torch.tensor([[5, 20, 7]])
-    for load in (tiepolicy_hf.from_pretrained, lambda cls, folder: cls.from_pretrained(folder)):
-        loaded = load(LlamaForCausalLM, folder)
-        assert tied is is_tied(loaded)
-        assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
 @pytest.mark.filterwarnings("ignore")
