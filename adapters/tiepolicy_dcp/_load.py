@@ -199,8 +199,7 @@ def _hyperparameters(stored: StoredTensors, entries: Mapping[str, StateEntry]) -
     """Read them, and refuse those of other parameters, before the model is touched. Called by all ranks."""
     encoded = {name: entry.tensor for name, entry in entries.items() if entry.group is not None}
     # The live values are about to be replaced, so they may differ.
-    live = [entry.group._replace(values={}) for entry in entries.values() if entry.group is not None]
-    groups = joined(live)
+    groups = joined([entry.group._replace(values={}) for entry in entries.values() if entry.group is not None])
     if not any(on_all_ranks(lambda: bool(encoded))):
         return {}
     read_tensors(stored, {name: (f"optimizer.{name}", tensor) for name, tensor in encoded.items()})

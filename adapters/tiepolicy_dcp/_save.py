@@ -174,7 +174,7 @@ def complete(
 
     def write_share() -> tuple[list[WriteResult], FileRecord]:
         path = job.unfinished / data_file(share.rank)
-        written = (write or _write(share, digest=job.contents.digests))(path)
+        written = write(path) if write else write_tensors(path, share.tensors(), digest=job.contents.digests)
         return share.results(written), written.record
 
     def finish(of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) -> list[Path]:
@@ -187,10 +187,6 @@ def complete(
         if share.rank == 0:
             discard(job.unfinished)
         raise _as_checkpoint_error(job.folder, error) from error
-
-
-def _write(share: Share, *, digest: bool) -> Callable[[Path], Written]:
-    return lambda path: write_tensors(path, share.tensors(), digest=digest)
 
 
 def _check_tensors(live: Mapping[str, Any]) -> None:

@@ -72,10 +72,8 @@ def _halves(
 ) -> list[_Half]:
     names = [name for name in (canonical, *(alias.name for alias in plan.whole_aliases(canonical))) if name in model]
     halves = [_half(name, "weight", model[name]) for name in names]
-    for tensor, place, _ in states if names else ():
-        if place is not None and place[0] == canonical:
-            halves.append(_half(names[0], place[1], tensor))
-    return halves
+    places = [(tensor, place) for tensor, place, _ in states if place is not None and place[0] == canonical]
+    return halves + [_half(name, key, tensor) for name in names[:1] for tensor, (_, key) in places]
 
 
 def _half(name: str, what: str, tensor: torch.Tensor) -> _Half:

@@ -220,13 +220,11 @@ def _is_in_place(own: Any, value: Any) -> bool:
     # Other subclasses may have no memory of their own, and then no address.
     if not {type(own), type(value)} <= {torch.Tensor, nn.Parameter}:
         return False
-    same = (own.shape, own.stride(), own.dtype, own.data_ptr()) == (
-        value.shape,
-        value.stride(),
-        value.dtype,
-        value.data_ptr(),
-    )
-    return same and own.device == value.device
+    return _place(own) == _place(value)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _plain(value: Any) -> Any:

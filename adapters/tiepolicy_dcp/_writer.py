@@ -69,16 +69,8 @@ def further_names(plan: TiePlan, state: State) -> dict[str, Entry]:
 def _rows(view: View, owner: torch.Tensor) -> tuple[int, int] | None:
     """First and end of the rows of a tensor that a view is made of; None if it is no block of whole rows."""
     shape = tuple(owner.shape)
-    if (
-        isinstance(owner, DTensor)
-        or not shape
-        or 0 in view.shape
-        or (len(shape), shape[1:])
-        != (
-            len(view.shape),
-            view.shape[1:],
-        )
-    ):
+    alike = len(shape) == len(view.shape) and shape[1:] == view.shape[1:]
+    if isinstance(owner, DTensor) or not shape or 0 in view.shape or not alike:
         return None
     row = 1
     for size, step in zip(reversed(shape[1:]), reversed(view.stride[1:]), strict=True):
