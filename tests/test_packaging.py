@@ -79,6 +79,11 @@ print(names, all(file.startswith({str(site)!r}) for file in files.values()))
             "transformers",
             "ImportError: from_pretrained needs transformers: pip install 'tiepolicy[hf]'",
         ),
+        (
+            "import tiepolicy.testing",
+            "hypothesis",
+            "ImportError: tiepolicy.testing needs hypothesis: pip install 'tiepolicy[testing]'",
+        ),
     ],
 )
 def test_what_needs_an_extra_says_how_to_get_it(code, absent, expected):

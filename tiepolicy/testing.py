@@ -9,14 +9,18 @@ def test_the_plugin_keeps_the_laws():
 from collections.abc import Callable, Sequence
 
 import torch
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from tiepolicy._claims import Claim, Source
 from tiepolicy._laws import LAWS, Trial, tensors_of
 from tiepolicy._observe import TensorSource
 from tiepolicy.errors import BrokenLawError as BrokenLawError
+
+try:
+    from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+    from hypothesis import strategies as st
+except ImportError as error:
+    raise ImportError("tiepolicy.testing needs hypothesis: pip install 'tiepolicy[testing]'") from error
 
 #: Sizes of real vocabularies and of the drafts made for them.
 FIELD_VOCAB_SIZES = [8192, 32000, 50257, 128256, 151936, 262144]
