@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 from dataclasses import replace
 
@@ -222,6 +223,21 @@ def test_the_command_exports_a_finished_run(world, tmp_path, capsys, monkeypatch
     assert f"to {out} (speculators); read back with equal logits." in capsys.readouterr().out
     assert 2 == main(["export", str(world / "shrunk"), "--out", str(out)])
     assert f"{out} exists already; choose another --out, or delete it." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("place", "num_bytes"), [("draft", 4096), ("file/draft", None)])
+def test_an_export_that_finds_no_room_or_folder_is_a_sentence_and_leaves_nothing(
+    world, tmp_path, capsys, place, num_bytes
+):
+    (tmp_path / "file").touch()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes or hard, hard))
+    try:
+        assert 2 == main(["export", str(world / "shrunk"), "--out", str(tmp_path / place)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert capsys.readouterr().err.startswith(f"eagle3: error: {tmp_path / place} cannot be written: ")
+    assert ["file"] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_an_unfinished_run_is_exported_only_by_the_name_of_a_checkpoint(world, tmp_path, capsys):
