@@ -37,6 +37,7 @@ def new_draft(*, vocab_size, draft_vocab_size, width, tied, flag):
     )
     config = draft_config(target, draft_vocab_size=draft_vocab_size)
     config.tie_word_embeddings = flag
+    config.eagle_aux_hidden_state_layer_ids = [1, 2, 3]
     embedding = torch.randn(vocab_size, width)
     head = embedding if tied else torch.randn(vocab_size, width)
     draft = Draft(config)
