@@ -74,7 +74,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--num_prompts", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--dtype", default="auto", help="auto makes bfloat16 of float32")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.target is None) != (arguments.num_drafted is None):
+        parser.error("give --target and --num_drafted, or neither with a speculators folder, which says both")
+    return arguments
 
 
 if __name__ == "__main__":
