@@ -133,7 +133,7 @@ def _writer(
 
 def _quantized(model: PreTrainedModel, state_dict: object) -> tuple[Mapping[str, torch.Tensor] | None, dict[str, str]]:
     """The state that a quantizer makes, if it has to take tensors apart into plain ones, and what it notes of them."""
-    quantizer = model.hf_quantizer
+    quantizer: Any = model.hf_quantizer
     by = f"the {type(model).__name__} is quantized by {type(quantizer).__name__}"
     if not quantizer.is_serializable():
         raise ObservationError(f"{by}, which cannot be stored; save the model as it was before, and quantize it again")
