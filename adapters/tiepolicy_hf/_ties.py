@@ -138,7 +138,8 @@ class _Names:
     def could_be_one(self, source: str, alias: str) -> bool:
         """Whether two names can be one parameter."""
         a, b = (self._tensors.get(name) for name in (source, alias))
-        if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter) or type(a) is not type(b):  # one may be quantized
+        if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter) and type(a) is type(b)):
+            # One may be quantized.
             return False
         # What was in no file may still be on the meta device.
         somewhere = a.device == b.device or not self._missing.isdisjoint((source, alias))
