@@ -19,7 +19,7 @@ try:
     from eagle3.errors import ConfigError, Eagle3Error
     from eagle3.manual import Command, help_parser
     from eagle3.options import read_settings
-    from eagle3.terminal import StderrHandler, say
+    from eagle3.terminal import StderrHandler, say, waiting
 except ModuleNotFoundError as error:
     sys.exit(f"eagle3: error: {error.name} is missing: pip install 'tiepolicy[eagle3]'")
 
@@ -51,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _obey(arguments: list[str]) -> int:
     command = _choose(arguments)
     settings: Any = read_settings(command.settings, _named(command, arguments[1:]))
-    from transformers.utils import logging as transformers_logging
+    with waiting("Loading torch and transformers"):
+        from transformers.utils import logging as transformers_logging
 
-    from tiepolicy.errors import TiePolicyError
+        from tiepolicy.errors import TiePolicyError
 
     # Bars that end within a second, once per process, only hide the lines that matter.
     transformers_logging.disable_progress_bar()
