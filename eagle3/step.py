@@ -207,7 +207,7 @@ class Watch:
         """Reads all that is left. To be called before anything is kept.
 
         Raises:
-            NumericsError: If a loss or a feature was not finite.
+            NumericsError: If a loss, a gradient or a feature was not finite.
         """
         unread, self._unread = self._unread, []
         for step, result in unread:
@@ -220,10 +220,11 @@ class Watch:
                 f"The target's states in step {step} hold NaN or infinity, so nothing can be learnt from them. Nothing "
                 "was saved since. Give target.dtype another value, or look for a conversation that it overflows on."
             )
-        if not math.isfinite(loss_sum):
-            raise NumericsError(
-                f"The loss of step {step} is {loss_sum}, and so are the draft's weights since. Nothing was saved after "
-                "that. Go on from the last checkpoint with a lower train.lr or train.max_grad_norm, or with "
-                "train.precision float32."
-            )
+        for what, value in (("loss", loss_sum), ("gradient's norm", float(result.norm))):
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"The {what} of step {step} is {value}, which spoils the draft's weights. Nothing was saved after "
+                    "that. Go on from the last checkpoint with a lower train.lr or train.max_grad_norm, or with "
+                    "train.precision float32."
+                )
         self.stops = self.stops or num_stops > 0

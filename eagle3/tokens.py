@@ -348,10 +348,31 @@ def _assistant_spans(
             )
         before = _render(conversation, tokenizer, num_messages=number, tokenize=False, add_generation_prompt=True)
         through = _render(conversation, tokenizer, num_messages=number + 1, tokenize=False)
-        if not (through.startswith(before) and text.startswith(through)):
+        found = through.startswith(before) and text.startswith(before)
+        size = _size_of_answer(through[len(before) :], text[len(before) :], content=message.content) if found else None
+        if size is None:
             raise DataError(
                 f"{conversation.where}: message {number + 1} cannot be found in the rendered conversation, because "
                 "the chat template rewrites earlier text when a message is added. Put {% generation %} and "
                 "{% endgeneration %} around what the assistant writes in the tokenizer's chat template."
             )
-        yield len(before), len(through)
+        yield len(before), len(before) + size
+
+
+def _size_of_answer(last: str, text: str, *, content: str) -> int | None:
+    """How many characters of `text`, which begins with an answer, are that answer; None if they cannot be told.
+
+    Templates of models that think aloud show the thoughts, or that there are none, before the last answer only: an
+    earlier one is then the end of what it is as the last.
+
+    Args:
+        last: The answer as the last message of a conversation, up to its end.
+        text: The rest of the conversation from where the answer begins.
+        content: What the assistant wrote.
+    """
+    if text.startswith(last):
+        return len(last)
+    ends = (last[cut:] for cut in range(1, len(last)))
+    end = next((end for end in ends if text.startswith(end)), "")
+    # By chance they may share a little, such as a line break.
+    return len(end) if content.rstrip()[-1:] in end else None

@@ -94,7 +94,9 @@ def forced_ids(
     vocab_size = counts_V.numel()
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special and index < vocab_size}
     written = {index for index in added if counts_V[index] > 0}
-    return tuple(sorted(index for index in {*tokenizer.all_special_ids, *end_ids, *written} if index < vocab_size))
+    forced = {*tokenizer.all_special_ids, *end_ids, *written}
+    # Some configs write -1 for none.
+    return tuple(sorted(index for index in forced if 0 <= index < vocab_size))
 
 
 def draft_vocab(

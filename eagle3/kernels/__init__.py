@@ -9,6 +9,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import Tensor
+
 #: What Triton gives kernels to work with; its annotations are never read without it.
 triton: Any = None
 tl: Any = None
@@ -21,6 +24,11 @@ if find_spec("triton"):
 def jit(kernel: Callable[..., Any]) -> Any:
     """Compile a kernel for the GPU; without Triton it is left alone, and nobody calls it."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def widened(values: Tensor) -> Tensor:
+    """The values in float32 or better, in which kernels compute, and so do twins."""
+    return values.to(torch.promote_types(torch.float32, values.dtype))
 
 
 def next_power_of_2(number: int) -> int:

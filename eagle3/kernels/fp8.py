@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3.kernels import jit, tl
+from eagle3.kernels import jit, tl, widened
 
 _aten: Any = torch.ops.aten
 
@@ -100,7 +100,7 @@ def swiglu_rows(gate_up_M2I: Tensor, *, out: Scaled) -> None:
     """Writes silu(gate) * up to `out` as E4M3 numbers with a scale for each row."""
     num_rows, width = out.values_MK.shape
     if not gate_up_M2I.is_cuda:
-        gate, up = gate_up_M2I.chunk(2, dim=-1)
+        gate, up = widened(gate_up_M2I).chunk(2, dim=-1)
         _quantise_rows_twin(functional.silu(gate) * up, out)
     elif num_rows:
         _swiglu_rows_kernel[(num_rows,)](
@@ -119,7 +119,7 @@ def swiglu_backward_rows(gate_up_M2I: Tensor, grad_MI: Tensor, grad_scale_M1: Te
     """
     num_rows, width = grad_MI.shape
     if not gate_up_M2I.is_cuda:
-        gate, up = gate_up_M2I.chunk(2, dim=-1)
+        gate, up = widened(gate_up_M2I).chunk(2, dim=-1)
         grad, share = grad_MI * grad_scale_M1, torch.sigmoid(gate)
         both = torch.cat((grad * up * share * (1 + gate * (1 - share)), grad * gate * share), dim=-1)
         _quantise_rows_twin(both, out)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle3.kernels import jit, next_power_of_2, tl
+from eagle3.kernels import jit, next_power_of_2, tl, widened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ def _place(
     q_width, kv_width = heads.num_queries * heads.head_dim, heads.num_keys * heads.head_dim
     start = 0 if is_queries else q_width
     size = q_width if is_queries else 2 * kv_width
-    sums = state_MW[:, offset : offset + size] + token_LW[token_M.long(), start : start + size]
+    sums = widened(state_MW[:, offset : offset + size]) + token_LW[token_M.long(), start : start + size]
     summed = sums.unflatten(-1, (-1, heads.head_dim))
     cos, sin = heads.cos[position_M.long()][:, None], heads.sin[position_M.long()][:, None]
     if row_M is not None:

@@ -32,16 +32,14 @@ def merge_same_row_(
     num_later, num_rows, num_keys, head_dim = k_JNKd.shape
     group = q_LQd.shape[1] // num_keys
     if not q_LQd.is_cuda:
-        rows = row_N.long()
-        q_NKGd = q_LQd[rows].unflatten(1, (num_keys, group))
-        scores_JNKG = torch.einsum("nkgd,jnkd->jnkg", q_NKGd, k_JNKd).to(lse_BQT.dtype) * scale
+        rows, precise = row_N.long(), lse_BQT.dtype
+        q_NKGd = q_LQd[rows].unflatten(1, (num_keys, group)).to(precise)
+        scores_JNKG = torch.einsum("nkgd,jnkd->jnkg", q_NKGd, k_JNKd.to(precise)) * scale
         sequence, time = rows // lse_BQT.shape[2], rows % lse_BQT.shape[2]
         lse_NKG = lse_BQT[sequence, :, time].unflatten(1, (num_keys, group))
         merged_NKG = torch.cat((lse_NKG[None], scores_JNKG)).logsumexp(dim=0)
         out_NKGd = out_LQd[rows].unflatten(1, (num_keys, group)) * (lse_NKG - merged_NKG).exp()[..., None]
-        out_NKGd = out_NKGd + torch.einsum(
-            "jnkg,jnkd->nkgd", (scores_JNKG - merged_NKG).exp(), v_JNKd.to(lse_BQT.dtype)
-        )
+        out_NKGd = out_NKGd + torch.einsum("jnkg,jnkd->nkgd", (scores_JNKG - merged_NKG).exp(), v_JNKd.to(precise))
         gathered_NQd.copy_(out_NKGd.flatten(1, 2))
         out_LQd[rows] = gathered_NQd
         lse_BQT[sequence, :, time] = merged_NKG.flatten(1, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eagle3.kernels import jit, tl
+from eagle3.kernels import jit, tl, widened
 
 _BLOCK = 1024
 
@@ -18,7 +18,7 @@ def swiglu(gate_up_M2I: Tensor, *, out_MI: Tensor) -> None:
     """Writes silu(gate) * up to `out_MI`."""
     num_rows, width = out_MI.shape
     if not out_MI.is_cuda:
-        gate, up = gate_up_M2I.chunk(2, dim=-1)
+        gate, up = widened(gate_up_M2I).chunk(2, dim=-1)
         out_MI.copy_(functional.silu(gate) * up)
     elif num_rows:
         _swiglu_kernel[(num_rows, -(-width // _BLOCK))](gate_up_M2I, out_MI, width, BLOCK=_BLOCK)
@@ -28,12 +28,10 @@ def swiglu_backward_(gate_up_M2I: Tensor, grad_MI: Tensor) -> None:
     """Replaces gate and up by their gradients, given that of the activation."""
     num_rows, width = grad_MI.shape
     if not grad_MI.is_cuda:
-        gate, up = gate_up_M2I.chunk(2, dim=-1)
+        gate, up = widened(gate_up_M2I).chunk(2, dim=-1)
         share = torch.sigmoid(gate)
         grad_gate = grad_MI * up * share * (1 + gate * (1 - share))
-        grad_up = grad_MI * gate * share
-        gate.copy_(grad_gate)
-        up.copy_(grad_up)
+        gate_up_M2I.copy_(torch.cat((grad_gate, grad_MI * gate * share), dim=-1))
     elif num_rows:
         _swiglu_backward_kernel[(num_rows, -(-width // _BLOCK))](gate_up_M2I, grad_MI, width, BLOCK=_BLOCK)
 

@@ -2,6 +2,8 @@
 
 # Expected values stand on the left.
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,10 @@ from hypothesis import strategies as st
 from eagle3.flat import FlatWeights
 from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, rounded
+from eagle3.kernels.causal import Segments, causal_attention
+from eagle3.kernels.heads import Heads, place_keys_values
+from eagle3.kernels.same_row import merge_same_row_
+from eagle3.kernels.swiglu import swiglu, swiglu_backward_
 from eagle3.optimizer import FlatAdamW, clip_factor
 from eagle3.pairs import padded, plan_pairs
 from eagle3.teacher import TeacherHead
@@ -226,3 +232,46 @@ def test_the_deterministic_step_repeats_to_the_bit_on_long_sequences(monkeypatch
     for result, grads in runs[1:]:
         assert torch.equal(runs[0][0].loss_sum, result.loss_sum)
         assert [] == [name for name in grads if not torch.equal(runs[0][1][name], grads[name])]
+
+
+def test_twins_in_bfloat16_round_nothing_but_what_they_write():
+    """As kernels do, whose reference they are: what they compute from is what float64 holds as well."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    def check(expected, actual):
+        # Half a unit in the last place, and what float32 rounds.
+        assert ((expected - actual.double()).abs() <= 2**-8 * expected.abs() + 1e-5).all()
+
+    rows = torch.tensor([1, 3, 4], dtype=torch.int32)
+    q, k, v, own_k, own_v = (normal(*shape) for shape in ((6, 4, 16), *[(6, 2, 16)] * 2, *[(3, 3, 2, 16)] * 2))
+    segments = Segments(starts=torch.tensor([0, 6], dtype=torch.int32), longest=6, num_sequences=1)
+    short = causal_attention(q, k, v, segments, scale=0.25, deterministic=True)
+    exact = replace(short, q_LQd=q.double(), out_LQd=short.out_LQd.double(), lse_BQT=short.lse_BQT.double())
+    outputs = [torch.empty(3, 4, 16, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)]
+    merge_same_row_(exact, k_JNKd=own_k.double(), v_JNKd=own_v.double(), row_N=rows, gathered_NQd=outputs[0])
+    merge_same_row_(short, k_JNKd=own_k, v_JNKd=own_v, row_N=rows, gathered_NQd=outputs[1])
+    check(*outputs)
+
+    gate_up, grad = normal(5, 32), normal(5, 16)
+    exact, actives = gate_up.double(), [torch.empty(5, 16, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)]
+    swiglu(exact, out_MI=actives[0])
+    swiglu(gate_up, out_MI=actives[1])
+    check(*actives)
+    swiglu_backward_(exact, grad.double())
+    swiglu_backward_(gate_up, grad)
+    check(exact, gate_up)
+
+    heads = Heads(num_queries=4, num_keys=2, head_dim=16, cos=torch.full((6, 8), 0.6), sin=torch.full((6, 8), 0.8))
+    states, tokens = normal(6, 128), normal(6, 128)
+    places = [
+        (torch.empty(6, 2, 16, dtype=dtype), torch.empty(6, 2, 16, dtype=dtype))
+        for dtype in (torch.float64, torch.bfloat16)
+    ]
+    at = {"token_M": torch.arange(6).int(), "position_M": torch.arange(6).int(), "heads": heads}
+    place_keys_values(states.double(), tokens.double(), *places[0], **at)
+    place_keys_values(states, tokens, *places[1], **at)
+    for expected, actual in zip(*places, strict=True):
+        check(expected, actual)

@@ -30,7 +30,7 @@ PLAIN = (
 FORGETFUL = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{{ (m['content'] if loop.last else m['content'].split('</think>')[-1]) + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
 )
 
@@ -100,10 +100,23 @@ def test_tokens_that_cross_from_the_prompt_are_not_supervised():
     assert data.examples[0].loss_mask.tolist() == [False, False, False, True]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_advice():
-    chats = [chat(("user", "Hi"), ("assistant", "Hello"), ("user", "So"), ("assistant", "Bye"))]
+@pytest.mark.parametrize("answer", ["Hello", "<think>Hello?</think>Hello", ""])
+def test_thoughts_that_a_template_shows_before_the_last_answer_only_are_no_hindrance(answer):
+    """As those of Qwen3 and of other models that think do."""
+    chats = [chat(("user", "Hi"), ("assistant", answer), ("user", "Hello"), ("assistant", "Bye"))]
+    tokenizer = make_tokenizer(FORGETFUL)
+    example = encode(chats, tokenizer, max_length=200).examples[0]
+    expected = [f"{answer.rpartition('>')[2]}<|im_end|>", "<think></think>Bye<|im_end|>"]
+    assert expected == supervised_texts(tokenizer, example)
+
+
+@pytest.mark.parametrize("change", ["upper", "title", "replace('o', '')"])
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_advice(change):
+    template = FORGETFUL.replace("m['content']", f"(m['content'] if loop.last else m['content'].{change})")
+    template = template.replace("upper)", "upper())").replace("title)", "title())")
+    chats = [chat(("user", "hi"), ("assistant", "hello"), ("user", "SO"), ("assistant", "Bye"))]
     with pytest.raises(DataError) as caught:
-        encode(chats, make_tokenizer(FORGETFUL), max_length=200)
+        encode(chats, make_tokenizer(template), max_length=200)
     expected = (
         "chats.jsonl:7: message 2 cannot be found in the rendered conversation, because the chat template rewrites "
         "earlier text when a message is added. Put {% generation %} and {% endgeneration %} around what the assistant "

@@ -16,7 +16,9 @@ from trainer_ranks import Killer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eagle3.errors import CheckpointError, NumericsError
+from eagle3.loss import StepCounts
 from eagle3.parallel import ends_with_parent, stop_on_signals
+from eagle3.step import StepResult, Watch
 from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, weights_of
 from tiepolicy.errors import CheckpointError as StoreError
@@ -126,9 +128,19 @@ def test_a_process_whose_parent_lives_is_left_alone():
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_of_it_is_saved(world, tmp_path):
     """The first step throws the weights to the end of the world; the second one notices."""
     config = config_of(world, tmp_path, every_steps=2, train={"weight_decay": 1e38, "warmup_ratio": 0.0})
-    with pytest.raises(NumericsError, match=r"^The loss of step 2 is (nan|inf), and so are the draft's weights since"):
+    with pytest.raises(NumericsError, match=r"^The loss of step 2 is (nan|inf), which spoils the draft's weights\."):
         train(config, ALONE)
     assert [] == names_of(tmp_path)
+
+
+@pytest.mark.parametrize("norm", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_counts_as_well_as_a_loss(norm):
+    """Of the last step, no later loss would tell."""
+    counts = StepCounts.from_tensor(torch.zeros(4, 1, dtype=torch.int64))
+    sums = {"loss_and_weight": torch.ones(2, dtype=torch.float64), "votes": torch.zeros(2, dtype=torch.float64)}
+    result = StepResult(lr=0.1, norm=torch.tensor(norm), counts=counts, num_tokens=1, **sums)
+    with pytest.raises(NumericsError, match=rf"^The gradient's norm of step 3 is {norm}, which spoils the draft's"):
+        Watch().add(3, result)
 
 
 def test_features_that_are_not_finite_end_the_run_in_their_step(world, tmp_path):

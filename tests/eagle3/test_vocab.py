@@ -103,7 +103,7 @@ def test_special_tokens_below_the_vocabulary_size_are_forced():
     )
     counts = torch.zeros(4, dtype=torch.int64)
     assert (0, 2, 3) == forced_ids(tokenizer, counts)
-    assert (0, 1, 2, 3) == forced_ids(tokenizer, counts, end_ids=[1, 9])
+    assert (0, 1, 2, 3) == forced_ids(tokenizer, counts, end_ids=[-1, 1, 9])
 
 
 def test_added_special_tokens_that_the_assistant_writes_are_forced():
