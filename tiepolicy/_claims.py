@@ -34,7 +34,7 @@ class Claim:
 
     Raises:
         ValueError: If `source` is none of `Source`.
-        TiePolicyError: If there are fewer than two names, or a name occurs twice.
+        TiePolicyError: If there are fewer than two names, one occurs twice, or one is no string.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,8 @@ class Claim:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
         object.__setattr__(self, "source", Source(self.source))
-        if len(self.names) < 2 or len(set(self.names)) != len(self.names):
+        are_names = all(isinstance(name, str) for name in self.names)
+        if not are_names or len(self.names) < 2 or len(set(self.names)) != len(self.names):
             raise TiePolicyError(
                 f"a claim needs two or more different names, not {list(self.names)}", names=map(str, self.names)
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import torch
 
@@ -10,10 +11,10 @@ from tiepolicy._evidence import View, relate, view_within
 from tiepolicy._memory import sharing
 from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._values import content_digest, fingerprint, view_of
-from tiepolicy.errors import ExternalOwnerError, MissingTensorError, ShapeMismatchError
+from tiepolicy.errors import ExternalOwnerError, MissingTensorError, ObservationError, ShapeMismatchError
 
-#: Models, or mappings of tensors, by the name under which a plan knows them.
-Owners = Mapping[str, TensorSource]
+#: Models, mappings of tensors, or the facts of one of these, by the name under which a plan knows them.
+Owners = Mapping[str, TensorSource | Facts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class ExternalTie:
 
 def find_external(names: tuple[str, ...], facts: Facts, external: Owners, *, digests: bool) -> list[ExternalTie]:
     """The names whose tensors other models own, by object and memory; linear in the names of all models."""
-    owners = [(owner, observe(model)) for owner, model in sorted(external.items())]
+    owners = sorted(observe_owners(external).items(), key=itemgetter(0))
     wanted = set(names)
     places = [("", facts, name) for name in names]
     places += [(owner, theirs, name) for owner, theirs in owners for name in sorted(theirs)]
@@ -60,6 +61,20 @@ def find_external(names: tuple[str, ...], facts: Facts, external: Owners, *, dig
     if digests:
         found = {name: _with_digest(tie, facts.tensor(name)) for name, tie in found.items()}
     return [found[name] for name in sorted(found)]
+
+
+def observe_owners(external: Owners) -> dict[str, Facts]:
+    """The facts of each of some other models; with these, `take` looks at none of them again.
+
+    Raises:
+        ObservationError: If `external` is no mapping of names to models.
+    """
+    if not isinstance(external, Mapping) or not all(isinstance(name, str) for name in external):
+        raise ObservationError(
+            f"external is a {type(external).__name__} of no named models; hand over each by the name to know it under: "
+            'external={"target": model}'
+        )
+    return {owner: observe(model) for owner, model in external.items()}
 
 
 def take(tie: ExternalTie, external: Owners) -> torch.Tensor:

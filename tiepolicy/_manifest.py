@@ -89,6 +89,21 @@ def read(manifest: Mapping[str, Any] | str | bytes) -> Parts:
     return parts
 
 
+def check(tensors: Iterable[str], refused: Sequence[RefusedClaim], external: Sequence[ExternalTie]) -> None:
+    """Refuse a plan whose manifest could not be read again.
+
+    Raises:
+        ManifestError: If it holds a name as `check_names` says, or a sentence that is too long.
+    """
+    check_names(tensors)
+    for refusal in refused:
+        check_names(refusal.claim.names)
+        _text(refusal.claim.detail)
+        _text(refusal.verdict.detail)
+    for tie in external:
+        check_names((tie.owner, tie.owner_name))
+
+
 def check_names(names: Iterable[str]) -> None:
     """Refuse names that cannot stand in a manifest.
 
@@ -101,7 +116,7 @@ def check_names(names: Iterable[str]) -> None:
         if "/" in name or "\\" in name or not name.isprintable():
             raise ManifestError(
                 f"the name {name!r} holds a path separator or a control character and cannot stand in a manifest; "
-                "rename the tensor",
+                "give it another",
                 names=[name],
             )
 
@@ -295,7 +310,7 @@ def _check_fits(what: str, name: str, owner: TensorSpec, view: View | None, spec
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise TiePolicyError(f"{str(value)[:80]!r} is no text of at most {MAX_TEXT} characters")
+        raise ManifestError(f"{str(value)[:80]!r} is no text of at most {MAX_TEXT} characters, as manifests hold")
     return value
 
 

@@ -97,10 +97,10 @@ class Facts(Mapping[str, TensorFact]):
         return sorted(tuple(sorted(names[position] for position in positions)) for positions in found)
 
 
-def observe(source: TensorSource) -> Facts:
+def observe(source: "TensorSource | Facts") -> Facts:
     """The facts of the parameters and persistent buffers of a module, or of the tensors of a mapping: the `source`.
 
-    Reads no tensor data and synchronises no device.
+    Reads no tensor data and synchronises no device. Facts stay what they are.
 
     Raises:
         ObservationError: If the source is neither, a name is no string, a value no tensor or not initialised, two
@@ -111,7 +111,7 @@ def observe(source: TensorSource) -> Facts:
             raise ObservationError(
                 f"a {type(source).__name__} has no names of tensors; plan a module, or a mapping of names to tensors"
             )
-        return Facts(_checked(source))
+        return source if isinstance(source, Facts) else Facts(_checked(source))
     tensors: dict[str, torch.Tensor] = {}
     buffers: set[str] = set()
     for path, module in named_modules(source):
@@ -135,8 +135,9 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     With `torch.compile`, DDP and the like in between, several modules have one path: the wrapper first.
 
     Raises:
-        ObservationError: If a module contains itself.
+        ObservationError: If `root` is no module, or a module contains itself.
     """
+    check_module(root)
     yield "", root
     above = {id(root)}
     stack = [(root, "", _children(root))]
@@ -157,6 +158,16 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         else:
             stack.pop()
             above.discard(id(parent))
+
+
+def check_module(model: object) -> None:
+    """Refuse what is no module where one is needed.
+
+    Raises:
+        ObservationError: If it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ObservationError(f"a {type(model).__name__} is no module; hand over the model itself")
 
 
 def parameters_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -13,13 +13,13 @@ from torch import nn
 from tiepolicy import _display, _manifest
 from tiepolicy._claims import Reason, Verdict
 from tiepolicy._conflict import Conflict, Moment, Resolver, settle, unresolved
-from tiepolicy._external import ExternalTie, Owners, check_digest, take
+from tiepolicy._external import ExternalTie, Owners, check_digest, observe_owners, take
 from tiepolicy._facts import TensorSpec
 from tiepolicy._groups import Alias, Companion, RefusedClaim, TieGroup, holds, is_one
 from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._retie import Keep, check_present, share
 from tiepolicy._values import first_difference, view_of
-from tiepolicy.errors import BrokenTieError, ShapeMismatchError
+from tiepolicy.errors import BrokenTieError, ObservationError, ShapeMismatchError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,7 +149,7 @@ class TiePlan:
             TieConflictError: If tied names hold different values and no plugin resolves it.
             ExternalOwnerError: If a tensor of another model has changed since the plan was made.
         """
-        compacted = dict(state_dict)
+        compacted = _mapping(state_dict)
         for group in self.groups:
             if group.canonical not in compacted:
                 continue
@@ -193,10 +193,10 @@ class TiePlan:
             MissingTensorError: If a tensor that another model owns was left out and that model is not given.
             ExternalOwnerError: If the model given does not hold what was recorded.
         """
-        expanded = dict(compacted)
-        for name, tie in self.owned_elsewhere.items():
-            if name not in compacted:
-                expanded[name] = take(tie, external or {})
+        expanded = _mapping(compacted)
+        left_out = [tie for name, tie in self.owned_elsewhere.items() if name not in compacted]
+        owners = observe_owners(external or {}) if left_out else {}
+        expanded |= {tie.name: take(tie, owners) for tie in left_out}
         for group in self.groups:
             owner = expanded.get(group.canonical)
             if owner is None:
@@ -295,9 +295,10 @@ class TiePlan:
             True
 
         Raises:
-            ManifestError: If a name cannot stand in a manifest, as it holds a path separator or control character.
+            ManifestError: If a name (of a tensor, in a claim, of another model) cannot stand in a manifest, as it holds
+                a path separator or control character.
         """
-        _manifest.check_names(self.tensors)
+        _manifest.check(self.tensors, self.refused, self.external)
         return self._written()
 
     def _written(self) -> dict[str, Any]:
@@ -321,7 +322,7 @@ class TiePlan:
     ) -> str | None:
         """The name whose value stands for both, which is the canonical one if they are equal; None to untie them."""
         owner, tensor = state_dict[group.canonical], state_dict[alias.name]
-        if holds(group, alias, Facts({group.canonical: owner, alias.name: tensor})):
+        if holds(group, alias, observe({group.canonical: owner, alias.name: tensor})):
             return group.canonical
         difference = first_difference(view_of(owner, alias.view), tensor)
         if difference is None:
@@ -331,6 +332,12 @@ class TiePlan:
             canonical=group.canonical, alias=alias.name, difference=difference, moment=moment, whole=whole
         )
         return settle(conflict, self.resolver)
+
+
+def _mapping(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not isinstance(state_dict, Mapping):
+        raise ObservationError(f"a {type(state_dict).__name__} is no state dict; hand over model.state_dict()")
+    return dict(state_dict)
 
 
 def _break(group: TieGroup, alias: Alias, facts: Facts, after: str) -> str | None:

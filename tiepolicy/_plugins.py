@@ -57,6 +57,8 @@ class Plugins:
         if self._is_traced:
             _trace(self.manager)
         self.manager.register(_rules, name="built-in rules")
+        if not isinstance(plugins, Iterable):
+            raise PluginError(f"plugins is a {type(plugins).__name__}; hand over a list of them")
         for plugin in plugins:
             self._register(plugin)
 

@@ -25,7 +25,7 @@ from tiepolicy._groups import (
     pairs_of,
     without_accepted,
 )
-from tiepolicy._observe import Facts, TensorSource, observe
+from tiepolicy._observe import Facts, TensorSource, check_module, observe
 from tiepolicy._plan import TiePlan
 from tiepolicy._plugins import Plugin, Plugins
 from tiepolicy._retie import Keep, share
@@ -131,6 +131,7 @@ class Policy:
             TieConflictError: If values differ and nobody says which to keep. Nothing was changed then.
             TiePolicyError: If one of the names is a view of a part of a third tensor.
         """
+        check_module(model)
         facts = observe(model)
         claims = [
             *self._plugins.each("tiepolicy_claims", Claim, model=model, facts=facts),

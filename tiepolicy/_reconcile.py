@@ -14,6 +14,7 @@ from tiepolicy.errors import (
     DtypeMismatchError,
     ExternalOwnerError,
     MissingTensorError,
+    ObservationError,
     PluginError,
     ShapeMismatchError,
 )
@@ -81,7 +82,16 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
         DtypeMismatchError: If what holds it has another dtype.
         ExternalOwnerError: If the model and the checkpoint know different tensors of another model by one name.
         PluginError: If a plugin answers about a missing tensor what cannot be done.
+        ObservationError: If `plan` or `saved` is something else.
     """
+    is_known = isinstance(saved, TiePlan) or (
+        isinstance(saved, Mapping) and all(hasattr(spec, "shape") and hasattr(spec, "dtype") for spec in saved.values())
+    )
+    if not (isinstance(plan, TiePlan) and is_known):
+        raise ObservationError(
+            f"reconcile takes a plan and a checkpoint's plan (TiePlan.from_manifest), or a TensorSpec for each name in "
+            f"it, not a {type(plan).__name__} and a {type(saved).__name__} of something else"
+        )
     stored = saved.stored() if isinstance(saved, TiePlan) else saved
     theirs = {tie.name: tie for tie in saved.external if tie.digest} if isinstance(saved, TiePlan) else {}
     mine = {tie.name: tie for tie in plan.external}

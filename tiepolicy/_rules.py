@@ -1,5 +1,6 @@
 """Step 16, the built-in plugin: storage claims, shapes and storage decide, and a stable name is stored."""
 
+import itertools
 from collections.abc import Hashable, Iterable
 
 from tiepolicy._claims import Claim, Reason, Source, Verdict
@@ -100,7 +101,9 @@ def _absent(absent: list[str], facts: Facts) -> Verdict:
     for name in absent:
         module, _, attribute = name.rpartition(".")
         start = f"{module}.parametrizations.{attribute}." if module else f"parametrizations.{attribute}."
-        originals = sorted(other for other in facts if other.startswith(start))
+        numbered = (f"{start}original{number}" for number in itertools.count())
+        originals = [name for name in (f"{start}original",) if name in facts]
+        originals += itertools.takewhile(facts.__contains__, numbered)
         if originals:
             detail = f"{name} is computed by a parametrization from {' and '.join(originals)}; claim those instead"
             return Verdict.independent(Reason.COMPUTED, detail)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, reconcile, take, view_of
+from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, observe, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
 from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, read_digests
 from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
@@ -138,7 +138,9 @@ def _check(
         stored = StoredTensors(folder)
         check_recorded(folder, records, (METADATA, MANIFEST, VALUES, TENSORS, *stored.files))
         actions = reconcile(plan, _saved(folder, stored.specs("model.")))
-        taken = {action.name: take(action.external, external) for action in actions if action.external is not None}
+        ties = {action.name: action.external for action in actions if action.external is not None}
+        owners = {owner: observe(model) for owner, model in external.items()} if ties else {}
+        taken = {name: take(tie, owners) for name, tie in ties.items()}
         optimizer_actions = reconcile_optimizer(entries, stored, SavedNames(actions, plan))
         extra = read_extra(folder) if (folder / MANIFEST).exists() else {}
         found.append(

@@ -1,5 +1,6 @@
 """Tensors of another model: recognised, left out once their content is on record, and taken back from their owner."""
 
+import functools
 import json
 
 import pytest
@@ -11,9 +12,16 @@ from torch import nn
 import tiepolicy
 from models import TiedPair
 from strategies import small_sizes
-from tiepolicy import ActionKind, Reason, TensorSpec, TiePlan, View, reconcile
+from tiepolicy import ActionKind, Facts, Reason, TensorSpec, TiePlan, View, observe, reconcile
 from tiepolicy._values import fingerprint
-from tiepolicy.errors import ExternalOwnerError, ManifestError, MissingTensorError, ShapeMismatchError, TiePolicyError
+from tiepolicy.errors import (
+    ExternalOwnerError,
+    ManifestError,
+    MissingTensorError,
+    ObservationError,
+    ShapeMismatchError,
+    TiePolicyError,
+)
 from tiepolicy.testing import external_models
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -240,3 +248,20 @@ def test_a_checkpoint_made_with_another_target_is_refused():
     _, _, saved = bound()
     with pytest.raises(ExternalOwnerError, match="are not the same tensor: SHA-256 .* Nothing was loaded"):
         reconcile(live, saved)
+
+
+@pytest.mark.parametrize("external", [TiedPair(), {3: TiedPair()}])
+def test_other_models_have_names(external):
+    _, draft, plan = bound()
+    for ask in (functools.partial(tiepolicy.plan, draft), functools.partial(plan.expand, {})):
+        with pytest.raises(ObservationError, match="external is a .* of no named models; hand over each by the name"):
+            ask(external=external)
+
+
+def test_another_model_is_looked_at_once_however_many_tensors_it_owns(monkeypatch):
+    target = {f"layer{number}": torch.tensor([number]) for number in range(3)}
+    plan = tiepolicy.plan(dict(target), external={"target": target}, digests=True)
+    observed = []
+    monkeypatch.setattr(tiepolicy._external, "observe", lambda source: observed.append(source) or observe(source))
+    assert sorted(target) == sorted(plan.expand({}, external={"target": target}))
+    assert [target] == [source for source in observed if not isinstance(source, Facts)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tiepolicy
 from models import FlaggedPair, TiedPair
 from strategies import view_dicts
-from tiepolicy import TiePlan
+from tiepolicy import Claim, Policy, TiePlan, Verdict, hookimpl
 from tiepolicy.errors import ManifestError
 
 
@@ -135,7 +135,7 @@ def test_text_that_is_no_manifest_is_refused(text, message):
 def test_a_name_that_cannot_stand_in_a_manifest_has_a_plan_but_no_manifest():
     plan = tiepolicy.plan({"decoder/kernel": torch.zeros(1)})
     assert 64 == len(plan.digest)
-    with pytest.raises(ManifestError, match="'decoder/kernel' holds a path separator .*; rename the tensor"):
+    with pytest.raises(ManifestError, match="'decoder/kernel' holds a path separator .*; give it another"):
         plan.to_manifest()
 
 
@@ -143,3 +143,40 @@ def test_a_manifest_of_more_tensors_than_any_model_has_is_refused(monkeypatch):
     monkeypatch.setattr(tiepolicy._manifest, "MAX_TENSORS", 1)
     with pytest.raises(ManifestError, match="lists more than 1 tensors"):
         TiePlan.from_manifest(edited())
+
+
+class Claims:
+    """A plugin with one claim and one verdict on it."""
+
+    def __init__(self, names, detail, sentence):
+        self.claim, self.sentence = Claim(names, "declared", detail), sentence
+
+    @hookimpl
+    def tiepolicy_claims(self):
+        return [self.claim]
+
+    @hookimpl
+    def tiepolicy_decide(self):
+        return Verdict.independent("declared-not-tied", self.sentence)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (Claims(("a", "decoder/kernel"), "", ""), "the name 'decoder/kernel' holds a path separator"),
+        (Claims(("a", "b"), "x" * 5000, ""), "'xxx.*' is no text of at most 4096 characters"),
+        (Claims(("a", "b"), "", 3), "'3' is no text of at most 4096 characters"),
+    ],
+)
+def test_what_a_manifest_could_not_say_again_is_refused_before_it_is_written(plugin, message):
+    """A checkpoint with such a manifest could never be loaded."""
+    plan = Policy(plugins=[plugin]).plan({"a": torch.zeros(1)})
+    with pytest.raises(ManifestError, match=message):
+        plan.to_manifest()
+
+
+def test_an_owner_is_called_what_a_manifest_can_say():
+    shared = torch.zeros(1)
+    plan = tiepolicy.plan({"a": shared}, external={"org/target": {"a": shared}}, digests=True)
+    with pytest.raises(ManifestError, match="the name 'org/target' holds a path separator .*; give it another"):
+        plan.to_manifest()

@@ -136,3 +136,25 @@ def test_what_is_neither_a_module_nor_a_mapping_is_refused(source):
     message = f"a {type(source).__name__} has no names of tensors; plan a module, or a mapping of names to tensors"
     with pytest.raises(ObservationError, match=f"^{message}$"):
         tiepolicy.plan(source)
+
+
+def test_where_a_model_is_changed_a_mapping_is_refused():
+    state_dict = TiedPair().state_dict()
+    for change in (tiepolicy.tie, tiepolicy.plan(state_dict).retie):
+        with pytest.raises(ObservationError, match="^a OrderedDict is no module; hand over the model itself$"):
+            change(state_dict | {"lm_head.weight": torch.zeros(12, 4)})
+
+
+def test_where_a_state_is_expected_anything_else_is_refused():
+    model = TiedPair()
+    plan = tiepolicy.plan(model)
+    for read in (plan.compact, plan.expand):
+        with pytest.raises(ObservationError, match=r"a TiedPair is no state dict; hand over model.state_dict\(\)"):
+            read(model)
+    with pytest.raises(ObservationError, match="embed_tokens.weight is a ndarray, not a tensor"):
+        plan.compact({name: tensor.numpy() for name, tensor in model.state_dict().items()})
+
+
+def test_facts_are_not_gathered_again():
+    facts = tiepolicy.observe(TiedPair())
+    assert facts is tiepolicy.observe(facts)

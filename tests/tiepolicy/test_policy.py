@@ -261,6 +261,11 @@ def test_a_plugin_that_would_never_answer_is_refused_when_it_is_handed_over(plug
         Policy(plugins=[plugin])
 
 
+def test_one_plugin_in_the_place_of_a_list_of_them_is_refused():
+    with pytest.raises(PluginError, match="plugins is a Correct; hand over a list of them"):
+        Policy(plugins=Correct())
+
+
 def test_a_source_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(ValueError, match="'config' is no Source; it is one of storage, declared, user"):
         Claim(("embed.weight", "head.weight"), "config")
@@ -293,7 +298,7 @@ def test_policies_share_nothing():
     assert () == Policy().plan(model).refused
 
 
-@pytest.mark.parametrize("names", [(), ("a",), ("a", "a")])
+@pytest.mark.parametrize("names", [(), ("a",), ("a", "a"), ("a", 2)])
 def test_a_claim_needs_two_names(names):
     with pytest.raises(TiePolicyError, match="a claim needs two or more different names"):
         tiepolicy.Claim(names, "user")

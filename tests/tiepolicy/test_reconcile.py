@@ -6,7 +6,7 @@ import torch
 import tiepolicy
 from models import FlaggedPair, TiedPair
 from tiepolicy import Action, ActionKind, TensorSpec, View, reconcile
-from tiepolicy.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
+from tiepolicy.errors import DtypeMismatchError, MissingTensorError, ObservationError, ShapeMismatchError
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 SPEC = TensorSpec((12, 4), torch.float32)
@@ -97,3 +97,12 @@ def test_a_partial_model_reads_its_half_from_the_canonical_name():
     last_stage = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(4, 12, bias=False)})
     actions = reconcile(tiepolicy.plan(last_stage), tiepolicy.plan(TiedPair()))
     assert [(ActionKind.COPY, EMBED, HEAD)] == [(action.kind, action.saved, action.name) for action in actions]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_is_no_plan_and_no_list_of_tensors_is_refused(swapped):
+    plan = tiepolicy.plan(TiedPair())
+    arguments = (TiedPair(), plan) if swapped else (plan, plan.to_manifest())
+    kinds = "TiedPair and a TiePlan" if swapped else "TiePlan and a dict"
+    with pytest.raises(ObservationError, match=f"reconcile takes a plan and a checkpoint's plan .*, not a {kinds}"):
+        reconcile(*arguments)
