@@ -58,6 +58,18 @@ def test_without_a_manifest_a_declared_tie_of_equal_shapes_is_assumed_and_said()
     assert actions[1].note.startswith("assumed one tensor with embed_tokens.weight when saved, as config.tie_word_")
 
 
+def test_a_declared_tie_of_two_names_gives_no_third_name_their_values():
+    class Declares:
+        @tiepolicy.hookimpl
+        def tiepolicy_claims(self):
+            return [tiepolicy.Claim(names, "declared") for names in ("ab", "cd")]
+
+    plan = tiepolicy.Policy(plugins=[Declares()]).plan({name: torch.zeros(12, 4) for name in "abcd"})
+    assert ["a", "a", "c", "c"] == [action.saved for action in reconcile(plan, {"a": SPEC, "c": SPEC})]
+    with pytest.raises(MissingTensorError, match=r"c \(12, 4\) is not in the checkpoint"):
+        reconcile(plan, {"a": SPEC})
+
+
 def test_a_missing_head_whose_claim_was_refused_is_an_error_that_says_why():
     """The load side of the first failure: the head was dropped because of a flag, and nothing can rebuild it."""
     model = FlaggedPair(flag=True, vocab_size=12, draft_vocab_size=8, hidden_size=4)
