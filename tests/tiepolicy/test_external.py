@@ -98,6 +98,7 @@ def test_a_tensor_that_only_overlaps_the_target_is_stored():
 def test_a_whole_group_that_the_target_owns_is_left_out_and_given_back():
     target = TiedPair()
     plan = tiepolicy.plan(target.state_dict(), external={"target": target}, digests=True)
+    assert [EMBED] == [tie.name for tie in plan.external]
     assert {} == plan.compact(target.state_dict())
     assert {EMBED, HEAD} == set(plan.expand({}, external={"target": target}))
 

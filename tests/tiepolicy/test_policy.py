@@ -135,6 +135,17 @@ def test_a_plugin_may_choose_the_stored_name():
     ]
 
 
+def test_reasons_are_about_the_name_that_a_plugin_chose():
+    class StoreB:
+        @hookimpl
+        def tiepolicy_canonical(self):
+            return "b"
+
+    a, b = (weight := torch.zeros(4)), weight.view(4)
+    (group,) = Policy(plugins=[StoreB()]).plan({"a": a, "b": b, "c": b}).groups
+    assert [("a", "same-storage"), ("c", "same-object")] == [(alias.name, alias.reason) for alias in group.aliases]
+
+
 def test_a_plugin_may_keep_a_real_tie_apart():
     """Then both names are stored: bytes are spent, none is lost."""
 

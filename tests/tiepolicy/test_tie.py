@@ -12,7 +12,7 @@ import tiepolicy
 from models import FlaggedPair, TiedPair, tiny_llama
 from strategies import small_sizes, tied_modules
 from tiepolicy import Claim, Policy, Reason, hookimpl
-from tiepolicy.errors import MissingTensorError, TieConflictError, TiePolicyError
+from tiepolicy.errors import MissingTensorError, PluginError, TieConflictError, TiePolicyError
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -200,6 +200,20 @@ def test_tie_honours_a_plugin_that_keeps_two_names_apart():
     assert model.lm_head.weight is not model.embed_tokens.weight
 
 
+def test_tie_keeps_no_name_that_is_none_of_a_group():
+    class Declares:
+        @hookimpl
+        def tiepolicy_claims(self):
+            return [Claim((EMBED, HEAD), "declared", "a flag")]
+
+        @hookimpl
+        def tiepolicy_canonical(self):
+            return "norm.weight"
+
+    with pytest.raises(PluginError, match=r"wants 'norm.weight' kept for \['embed_tokens.weight', 'lm_head.weight'\]"):
+        Policy(plugins=[Declares()]).tie(TiedPair(tied=False))
+
+
 def test_tie_joins_all_that_declarations_connect():
     class Chain:
         @hookimpl
@@ -243,6 +257,14 @@ def test_tie_leaves_a_frozen_double_that_nobody_declared_alone():
     plan = tiepolicy.tie(model)
     assert model.lm_head.weight is not model.embed_tokens.weight
     plan.verify(model)
+
+
+def test_a_frozen_part_keeps_no_two_whole_parameters_apart():
+    model = TiedPair(tied=False)
+    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.data)
+    model.part = nn.Parameter(model.embed_tokens.weight.data[2:4], requires_grad=False)
+    tiepolicy.tie(model)
+    assert model.lm_head.weight is model.embed_tokens.weight
 
 
 def test_tie_and_retie_mend_what_init_empty_weights_left_as_two_parameters_without_data():
