@@ -236,6 +236,8 @@ def _check_fits(action: Action, plan: TiePlan, stored: Mapping[str, TensorSpec])
 
 
 def _likely_cause(live: TensorSpec, shape: tuple[int, ...]) -> str:
+    if len(shape) == len(live.shape) == 1:
+        return "the two differ in length, as with another vocabulary or model size"
     if len(shape) == len(live.shape) and shape[1:] == live.shape[1:]:
         return "the two differ in rows only, as with another (draft) vocabulary size or its padding"
     if len(shape) == len(live.shape) and shape[:1] == live.shape[:1]:

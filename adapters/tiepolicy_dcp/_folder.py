@@ -48,7 +48,10 @@ def prepare(folder: Path) -> Path:
         remove_leftovers(folder.parent, name=folder.name)
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"cannot make a folder for the checkpoint {folder}: {error}") from error
+        raise CheckpointError(
+            f"cannot make a folder for the checkpoint {folder}: {error.strerror or error}. Name one in a folder that "
+            "you may write to"
+        ) from error
     return unfinished
 
 

@@ -102,6 +102,6 @@ def _missing(flat: str, stored: Mapping[str, TensorSpec], objects: Sequence[str]
         why = "its param_groups are pickled objects, and pickles are never run"
     elif not stored:
         why = "the checkpoint holds no optimizer"
-    elif flat.startswith("state."):
+    elif any(name.endswith(flat[flat.rindex(".") :]) for name in stored):
         why = "the parameter had no state when it was saved"
     return f"the optimizer state {flat} is not in the checkpoint: {why}. {_AFRESH}"

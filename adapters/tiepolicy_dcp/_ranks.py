@@ -102,8 +102,8 @@ def all_present() -> Iterator[None]:
             raise
         cause = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         raise LostRankError(
-            f"another rank of this run is gone or cannot be reached ({cause}), and what all ranks do together cannot "
-            "be finished. Every checkpoint that has a name is whole: end the processes that remain, and start again "
+            f"another rank of this run is gone or cannot be reached ({cause}), and what every rank must call cannot be "
+            "finished. Every checkpoint that has a name is whole: end the processes that remain, and start again "
             "from the latest one"
         ) from error
 

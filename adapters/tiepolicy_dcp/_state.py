@@ -163,8 +163,16 @@ class OptimizerState(Stateful):
 
     def _live(self) -> dict[str, Any]:
         """State and groups by the names that torch gives the parameters; the values are the live ones."""
-        own = {id(parameter) for parameter in self.model.parameters()}
+        own = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        seen: set[int] = set()
         for index, group in enumerate(self.optimizer.param_groups):
+            held = {id(parameter) for parameter in group["params"]}
+            for twice in sorted(own[parameter] for parameter in held & seen):
+                raise CheckpointError(
+                    f"parameter group {index} of the optimizer holds {twice}, which an earlier group holds too: each "
+                    "step changes it twice. Leave it in one"
+                )
+            seen |= held & own.keys()
             lost = sum(id(parameter) not in own for parameter in group["params"])
             if lost:
                 raise CheckpointError(
@@ -205,6 +213,18 @@ def observed(model: ModelState, optimizer: OptimizerState | None) -> tuple[dict[
 
     def look() -> None:
         live.update(model.state_dict())
+        for name, value in live.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            if name not in model.plan.tensors:
+                raise CheckpointError(
+                    f"the plan does not know {name}: it is of another model, or older than this tensor. Plan this model"
+                )
+            if value.is_meta:
+                raise CheckpointError(
+                    f"{name} {tuple(value.shape)} is on the meta device, where no values are: give the model memory "
+                    "first, by tiepolicy_fsdp2.materialize or by to_empty"
+                )
         entries.update({} if optimizer is None else optimizer.entries())
 
     on_all_ranks(look)

@@ -282,7 +282,10 @@ class CheckpointStore:
         try:
             return Record(name=name, number=self._next_number(name), metrics=checked)
         except OSError as error:
-            raise CheckpointError(f"{self.root} cannot take a checkpoint: {error}. Nothing was written") from error
+            raise CheckpointError(
+                f"{self.root} cannot take a checkpoint: {error.strerror or error}. Nothing was written. Give a folder "
+                "that you may write to"
+            ) from error
 
     def _next_number(self, name: str) -> int:
         if not self._lock.held:

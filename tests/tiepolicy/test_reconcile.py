@@ -99,6 +99,14 @@ def test_another_shape_is_an_error_with_both_shapes_and_the_likely_cause(shape, 
     assert f"has shape {shape} in the checkpoint, the model expects (12, 4)" in str(caught.value)
 
 
+def test_a_vector_of_another_length_is_not_said_to_have_other_rows():
+    with pytest.raises(ShapeMismatchError, match="the two differ in length, as with another vocabulary or model size"):
+        reconcile(
+            tiepolicy.plan(torch.nn.LayerNorm(4)),
+            {name: TensorSpec((8,), torch.float32) for name in ("weight", "bias")},
+        )
+
+
 def test_another_dtype_is_an_error():
     with pytest.raises(DtypeMismatchError, match="torch.int8 in the checkpoint"):
         reconcile(tiepolicy.plan(TiedPair()), {EMBED: TensorSpec((12, 4), torch.int8)})

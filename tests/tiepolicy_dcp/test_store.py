@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tiepolicy_dcp
 from models import TiedPair
 from tiepolicy_dcp import CheckpointError, CheckpointStore
 
@@ -64,3 +65,13 @@ def test_a_pointer_out_of_the_store_is_not_followed(tmp_path):
     (tmp_path / "run" / "LATEST").write_text("../other/two\n")
     with pytest.raises(CheckpointError, match="names '../other/two', which is not there"):
         store.resolve("LATEST")
+
+
+def test_a_root_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(
+        CheckpointError, match=r"run cannot take a checkpoint: File exists\. Nothing was written\. Give a"
+    ):
+        CheckpointStore(tmp_path / "run").save("one", model=TiedPair())
+    with pytest.raises(CheckpointError, match=r"run/one: Not a directory\. Name one in a folder"):
+        tiepolicy_dcp.save(tmp_path / "run" / "one", model=TiedPair())
