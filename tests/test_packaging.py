@@ -52,7 +52,7 @@ def test_the_core_needs_only_torch_pluggy_and_safetensors(site):
     (metadata,) = site.glob("*.dist-info/METADATA")
     requirements = email.message_from_string(metadata.read_text()).get_all("Requires-Dist")
     needed = {re.split("[<>]", requirement)[0] for requirement in requirements if "extra ==" not in requirement}
-    assert {"torch", "pluggy", "safetensors"} == needed
+    assert {"torch", "pluggy", "safetensors", "numpy"} == needed
 
 
 def test_plugins_are_loaded_from_the_wheel_by_their_entry_points(site):
