@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3.errors import DraftError
@@ -19,8 +20,8 @@ from eagle3.errors import DraftError
 class Rope:
     """Rotary positions in the rotate-half convention of transformers, whose class computes the frequencies.
 
-    Of two types (dynamic, longrope) the frequencies depend on the length of the sequence: as in transformers, the
-    largest position of a call decides.
+    Of two types (dynamic, longrope) the frequencies depend on the length of the text, so that all queries and keys of
+    one must be rotated for the same length, whatever positions a call has.
 
     Not a module: its frequencies must stay float32 when the draft is cast to bfloat16, and must survive meta
     construction, where a non-persistent buffer would be lost.
@@ -28,51 +29,52 @@ class Rope:
 
     def __init__(self, config: LlamaConfig) -> None:
         with torch.device("cpu"):
-            self._embedding = LlamaRotaryEmbedding(config)
+            embedding = LlamaRotaryEmbedding(config)
         rope: Any = config.rope_parameters
         self.depends_on_length = rope["rope_type"] in ("dynamic", "longrope")
-        self._inv_freq: Tensor = self._embedding.inv_freq.detach().clone()
+        self._config = config
+        self._scaling = float(embedding.attention_scaling)
+        self._inv_freq: Tensor = embedding.inv_freq.detach().clone()
         assert 2 * len(self._inv_freq) == config.head_dim
 
-    def rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
+    def rotate(self, heads: Tensor, positions: Tensor, *, length: int) -> Tensor:
         """Rotates each head by its row's position.
 
         Args:
             heads: (..., rows, heads, d).
             positions: (rows,) or (..., rows) int64, in tokens.
+            length: Of the text, in tokens.
 
         Returns:
             A new tensor like `heads`; angles are computed in float32, or in float64 for float64 heads.
         """
-        cos, sin = self.angles(positions, dtype=torch.promote_types(torch.float32, heads.dtype), device=heads.device)
+        precise = torch.promote_types(torch.float32, heads.dtype)
+        cos, sin = self.angles(positions.to(heads.device), length=length, dtype=precise)
         cos, sin = cos[..., None, :].to(heads.dtype), sin[..., None, :].to(heads.dtype)
         low, high = heads.chunk(2, dim=-1)
         return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
-    def angles(self, positions: Tensor, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor, *, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Computes what each pair of elements is rotated by.
 
         Args:
             positions: (..., rows) int64, in tokens.
+            length: Of the text, in tokens.
             dtype: float32 or better.
-            device: Of the result.
 
         Returns:
             Cosines and sines, (..., rows, d / 2) each, times the rope's scaling.
         """
-        angles = positions.to(dtype)[..., None] * self._frequencies(positions, device).to(dtype)
-        scaling = float(self._embedding.attention_scaling)
-        return angles.cos() * scaling, angles.sin() * scaling
+        angles = positions.to(dtype)[..., None] * self._frequencies(length, positions.device).to(dtype)
+        return angles.cos() * self._scaling, angles.sin() * self._scaling
 
-    def _frequencies(self, positions: Tensor, device: torch.device) -> Tensor:
-        """The frequencies (d / 2,) float32 for a call with these positions."""
-        if self.depends_on_length and positions.numel():
-            # transformers' class keeps its frequencies up to date in its forward pass, and only there.
-            last = positions.max().reshape(1, 1)
-            self._embedding.to(device)(torch.empty(0, device=device), last.to(device))
-            self._inv_freq = self._embedding.inv_freq
-        if self._inv_freq.device != device:
-            self._inv_freq = self._inv_freq.to(device)
+    def _frequencies(self, length: int, device: torch.device) -> Tensor:
+        """The frequencies (d / 2,) float32 for a text of this length."""
+        if self.depends_on_length:
+            # Not by transformers' class, whose frequencies also depend on the texts before.
+            compute: Any = ROPE_INIT_FUNCTIONS[self._config.rope_parameters["rope_type"]]
+            self._inv_freq, _ = compute(self._config, device, seq_len=length)
+        self._inv_freq = self._inv_freq.to(device)
         return self._inv_freq
 
 
@@ -266,32 +268,33 @@ class Draft(nn.Module):
         tokens: Tensor = layer.input_layernorm(self.embed_tokens(token_ids).to(states.dtype))
         return torch.cat((tokens, layer.hidden_norm(states)), dim=-1)
 
-    def queries(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows).
+    def queries(self, inputs: Tensor, positions: Tensor, *, length: int) -> Tensor:
+        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows) of texts of at most `length` tokens.
 
         Returns:
             Rotated queries (..., rows, Q, d).
         """
-        return self._rope.rotate(self._heads(self.midlayer.self_attn.q_proj(inputs)), positions)
+        return self._rope.rotate(self._heads(self.midlayer.self_attn.q_proj(inputs)), positions, length=length)
 
-    def keys_values(self, inputs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows) to rotated keys and values.
+    def keys_values(self, inputs: Tensor, positions: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
+        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows) to rotated keys and values, as `queries`.
 
         Returns:
             Both (..., rows, K, d).
         """
         attention = self.midlayer.self_attn
-        keys = self._rope.rotate(self._heads(attention.k_proj(inputs)), positions)
+        keys = self._rope.rotate(self._heads(attention.k_proj(inputs)), positions, length=length)
         return keys, self._heads(attention.v_proj(inputs))
 
     @property
     def rope_depends_on_length(self) -> bool:
-        """Whether the largest position of a call changes how all of its positions are rotated."""
+        """Whether the length of a text changes how all of its positions are rotated."""
         return self._rope.depends_on_length
 
     def rope_angles(self, positions: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines (rows, d / 2) in `dtype`, which rotate queries and keys at `positions` (rows,)."""
-        return self._rope.angles(positions, dtype=dtype, device=positions.device)
+        assert not self.rope_depends_on_length
+        return self._rope.angles(positions, length=len(positions), dtype=dtype)
 
     def next_states(self, states: Tensor, attended: Tensor) -> Tensor:
         """Finishes a step: the output projection and the MLP, each added to the residual stream.

@@ -267,10 +267,10 @@ class DraftChain:
         device = states_RH.device
         positions_R = torch.arange(start, end, device=device)
         inputs_Ru = draft.step_inputs(torch.tensor(token_ids, device=device), states_RH)
-        self.k_NKd[start:end], self.v_NKd[start:end] = draft.keys_values(inputs_Ru, positions_R)
+        self.k_NKd[start:end], self.v_NKd[start:end] = draft.keys_values(inputs_Ru, positions_R, length=len(self.k_NKd))
         seen_RN = torch.arange(end, device=device) <= positions_R[:, None]
         attended_QRd = functional.scaled_dot_product_attention(
-            draft.queries(inputs_Ru, positions_R).transpose(0, 1),
+            draft.queries(inputs_Ru, positions_R, length=len(self.k_NKd)).transpose(0, 1),
             self.k_NKd[:end].transpose(0, 1),
             self.v_NKd[:end].transpose(0, 1),
             attn_mask=seen_RN if len(token_ids) > 1 else None,

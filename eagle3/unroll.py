@@ -173,7 +173,9 @@ class TrainingTimeTest(nn.Module):
         next_ids_BT = torch.cat((input_ids_BT[:, 1:], input_ids_BT[:, -1:]), dim=1)
         states_BTH = draft.fuse(aux_BTA)
         inputs_BTu = draft.step_inputs(next_ids_BT, states_BTH)
-        k0_BTKd, v0_BTKd = draft.keys_values(inputs_BTu, plan.positions_BT)
+        # In the target, too, the longest text of a batch decides.
+        length = int(plan.positions_BT.max()) + 1 if draft.rope_depends_on_length else 0
+        k0_BTKd, v0_BTKd = draft.keys_values(inputs_BTu, plan.positions_BT, length=length)
         states_NH = states_BTH.flatten(0, 1).index_select(0, plan.rows_N)
         inputs_Nu = inputs_BTu.flatten(0, 1).index_select(0, plan.rows_N)
         same_row_k: list[Tensor] = []
@@ -183,11 +185,11 @@ class TrainingTimeTest(nn.Module):
             positions_N = plan.time_N + step
             if step > 0:
                 inputs_Nu = draft.step_inputs(input_ids_BT.flatten()[plan.tokens_SN[step]], states_NH)
-                k_NKd, v_NKd = draft.keys_values(inputs_Nu, positions_N)
+                k_NKd, v_NKd = draft.keys_values(inputs_Nu, positions_N, length=length)
                 same_row_k.append(k_NKd)
                 same_row_v.append(v_NKd)
             attended_NQd = row_attention(
-                draft.queries(inputs_Nu, positions_N),
+                draft.queries(inputs_Nu, positions_N, length=length),
                 k0_BTKd,
                 v0_BTKd,
                 same_row_k=same_row_k,

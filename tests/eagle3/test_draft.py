@@ -235,7 +235,7 @@ def test_a_draft_built_on_meta_is_whole_after_its_start():
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, draft.state_dict()[name]), name
     inputs, positions = torch.randn(3, 16), torch.arange(3)
-    assert torch.equal(expected.queries(inputs, positions), draft.queries(inputs, positions))
+    assert torch.equal(expected.queries(inputs, positions, length=9), draft.queries(inputs, positions, length=9))
 
 
 def test_a_target_of_another_shape_is_refused():
@@ -270,7 +270,9 @@ def test_rotations_are_those_of_transformers(kind, longest, dtype):
     cos, sin = LlamaRotaryEmbedding(config)(heads, positions[None])
     expected, _ = apply_rotary_pos_emb(heads[None], heads[None], cos, sin, unsqueeze_dim=2)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(expected[0], Rope(config).rotate(heads, positions), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        expected[0], Rope(config).rotate(heads, positions, length=longest + 1), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_each_type_of_rope_in_transformers_is_tested():
@@ -283,8 +285,8 @@ def test_frequencies_stay_float32_in_a_bfloat16_draft():
     for draft in (exact, rounded):
         nn.init.ones_(draft.midlayer.self_attn.q_proj.weight)
     inputs, position = torch.ones(1, 16), torch.tensor([127])
-    expected = exact.queries(inputs.double(), position)
-    actual = rounded.queries(inputs.bfloat16(), position).double()
+    expected = exact.queries(inputs.double(), position, length=128)
+    actual = rounded.queries(inputs.bfloat16(), position, length=128).double()
     # 127 * (1 - 2**-8) would be half a radian off.
     torch.testing.assert_close(expected, actual, rtol=0, atol=0.15)
 

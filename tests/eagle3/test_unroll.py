@@ -18,6 +18,15 @@ from eagle3.unroll import TrainingTimeTest, plan_rows
 from eagle3_reference import Shape, reference
 
 H, HEAD_DIM = 8, 4
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 2.0],
+    "long_factor": [3.0, 8.0],
+    "factor": 4.0,
+    "original_max_position_embeddings": 3,
+}
 NORMS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
 
 
@@ -36,7 +45,7 @@ class Case:
     num_steps: int
 
 
-def make_case(mask, *, num_vocab=7, num_draft=4, num_steps=3, heads=(2, 1), seed=0, **options) -> Case:
+def make_case(mask, *, num_vocab=7, num_draft=4, num_steps=3, heads=(2, 1), seed=0, rope=None, **options) -> Case:
     """A float64 draft and batch with weights large enough that every path matters."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -51,6 +60,8 @@ def make_case(mask, *, num_vocab=7, num_draft=4, num_steps=3, heads=(2, 1), seed
             num_key_value_heads=heads[1],
             head_dim=HEAD_DIM,
             vocab_size=num_vocab,
+            max_position_embeddings=3 if rope else 2048,
+            rope_parameters=rope,
         ),
         draft_vocab_size=num_draft,
         options=DraftConfig(**options),
@@ -185,9 +196,13 @@ def test_a_second_mask_through_the_same_model_is_as_right_as_the_first():
     check(Case(case.draft, {**case.batch, "loss_mask_BT": other}, case.num_steps), model)
 
 
-def test_the_loss_of_a_mask_is_the_sum_of_the_losses_of_its_tokens():
-    """A token supervised alone keeps few rows, all tokens keep all rows; each token's loss is the same in both."""
-    case = make_case([[True] * 6] * 2)
+@pytest.mark.parametrize("rope", [None, DYNAMIC, LONGROPE])
+def test_the_loss_of_a_mask_is_the_sum_of_the_losses_of_its_tokens(rope):
+    """A token supervised alone keeps few rows, all tokens keep all rows; each token's loss is the same in both.
+
+    Also where the length of a text decides how it is rotated: its rows are no measure of that.
+    """
+    case = make_case([[True] * 6] * 2, rope=rope)
     model = TrainingTimeTest(case.draft, num_steps=case.num_steps)
     together = model(**case.batch)
     alone = []
