@@ -66,8 +66,8 @@ def shard_groups(
 
 def _resolve(model: nn.Module, blocks: Iterable[Block | Sequence[Block]]) -> list[list[nn.Module]]:
     """The groups that were asked for, each module in one of them, in the order of the model."""
-    if isinstance(blocks, str | type):
-        raise ShardingError(f"blocks is {blocks!r}, which is one block: hand over a list of them")
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise ShardingError(f"blocks is {blocks!r}, which is no list of blocks: hand over a list of them")
     at: dict[str, nn.Module] = {}
     paths: dict[int, str] = {}
     for path, module in tiepolicy.named_modules(model):
@@ -94,6 +94,8 @@ def _matches(model: nn.Module, block: Block, at: dict[str, nn.Module], paths: di
         if id(block) in paths:
             return [block]
         raise ShardingError(f"a block, a {type(block).__name__}, is no part of the {type(model).__name__} to shard")
+    if not isinstance(block, type):
+        raise ShardingError(f"the block {block!r} is no module, class or path")
     found = [at[paths[id(module)]] for module in model.modules() if isinstance(module, block)]
     if not found:
         raise ShardingError(f"{type(model).__name__} has no module of the class {block.__name__} among its blocks")
@@ -106,18 +108,16 @@ def _clusters(model: nn.Module, layout: "_Layout", ignored: set[int]) -> list[li
     for place in places(model):
         if id(place.parameter) not in ignored:
             held.setdefault(id(place.parameter), []).append(place.module)
-    clusters: list[list[nn.Module]] = []
-    for modules in held.values():
-        if len(modules) > 1:
-            merged = list(dict.fromkeys(modules))
-            separate = []
-            for cluster in clusters:
-                if layout.touch(cluster, merged):
-                    merged = list(dict.fromkeys([*cluster, *merged]))
-                else:
-                    separate.append(cluster)
-            clusters = [*separate, merged]
-    return clusters
+    shared = [modules for modules in held.values() if len(modules) > 1]
+    clusters = {id(module): [module] for modules in shared for module in modules}
+    for modules in shared:
+        around = [module for chain in layout.chains_of(modules) for module in chain if id(module) in clusters]
+        for module in around:  # each holder, and the holders that contain it
+            small, large = sorted((clusters[id(modules[0])], clusters[id(module)]), key=len)
+            if small is not large:
+                large += small
+                clusters |= dict.fromkeys(map(id, small), large)
+    return list({id(cluster): cluster for cluster in clusters.values()}.values())
 
 
 class _Layout:
@@ -137,14 +137,8 @@ class _Layout:
         for child in chain[-1].children():
             self._walk((*chain, child))
 
-    def touch(self, some: list[nn.Module], others: list[nn.Module]) -> bool:
-        """Whether a module of one list is, or lies within, a module of the other."""
-        return any(self._inside(a, b) or self._inside(b, a) for a in some for b in others)
-
-    def _inside(self, inner: nn.Module, outer: nn.Module) -> bool:
-        return any(module is outer for chain in self.chains[id(inner)] for module in chain)
-
-    def _chains_of(self, modules: list[nn.Module]) -> list[tuple[nn.Module, ...]]:
+    def chains_of(self, modules: list[nn.Module]) -> list[tuple[nn.Module, ...]]:
+        """Every way from the model down to some modules."""
         return [chain for module in modules for chain in self.chains[id(module)]]
 
     def _owner(self, chain: tuple[nn.Module, ...]) -> int:
@@ -162,7 +156,7 @@ class _Layout:
 
     def bring_together(self, holders: list[nn.Module]) -> None:
         """Change the units so that some modules belong to one."""
-        chains = self._chains_of(holders)
+        chains = self.chains_of(holders)
         owners = {self._owner(chain) for chain in chains}
         if len(owners) == 1:
             return
@@ -198,7 +192,7 @@ class _Layout:
         """The units, a unit after all that lie within one of its modules."""
         within: dict[int, set[int]] = {i: set() for i, unit in enumerate(self.units) if unit}
         for i in within:
-            for chain in self._chains_of(self.units[i]):
+            for chain in self.chains_of(self.units[i]):
                 for module in chain[:-1]:
                     within[self._unit.get(id(module), i)].add(i)
         for i, inner in within.items():

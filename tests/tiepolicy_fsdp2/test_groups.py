@@ -134,6 +134,7 @@ def test_a_transformers_model_is_grouped_by_its_layers():
         ("lm_head", "the block 'lm_head' is no module of Stack; its modules are"),
         (nn.Conv2d, "Stack has no module of the class Conv2d among its blocks"),
         (nn.Linear(1, 1), "a block, a Linear, is no part of the Stack to shard"),
+        (None, "the block None is no module, class or path"),
     ],
 )
 def test_a_block_that_is_not_in_the_model_is_refused(block, message):
@@ -141,9 +142,9 @@ def test_a_block_that_is_not_in_the_model_is_refused(block, message):
         shard_groups(Stack(), blocks=[block])
 
 
-@pytest.mark.parametrize("blocks", ["layers", nn.Linear])
+@pytest.mark.parametrize("blocks", ["layers", nn.Linear, nn.Linear(1, 1), None])
 def test_one_block_in_the_place_of_a_list_of_them_is_refused(blocks):
-    with pytest.raises(ShardingError, match="which is one block: hand over a list of them"):
+    with pytest.raises(ShardingError, match="which is no list of blocks: hand over a list of them"):
         shard_groups(Stack(), blocks=blocks)
 
 
