@@ -46,8 +46,11 @@ def whereabouts(local: torch.Tensor) -> tuple[int | None, int | None]:
     """
     if not _is_what_its_storage_says(local):
         return None, None
-    storage = int(local.untyped_storage()._cdata)  # noqa: SLF001 - torch has no public identity of a storage
-    return storage, (local.data_ptr() or None) if _is_real(local) else None
+    try:
+        storage = int(local.untyped_storage()._cdata)  # noqa: SLF001 - torch has no public identity of a storage
+    except NotImplementedError:  # what torch.func wraps while it runs has none
+        return None, None
+    return storage, (local.data_ptr() or None) if is_real(local) else None
 
 
 def sharing(tensors: list[torch.Tensor]) -> list[list[int]]:
@@ -136,7 +139,7 @@ def _length(tensor: torch.Tensor) -> int:
     return (steps + 1) * tensor.itemsize
 
 
-def _is_real(local: torch.Tensor) -> bool:
+def is_real(local: torch.Tensor) -> bool:
     """Whether nobody but torch answers for the memory; a fake tensor, for one, warns when asked for an address."""
     return type(local) in _PLAIN or getattr(type(local), "__torch_dispatch__", None) is _NO_DISPATCH
 

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tiepolicy._evidence import View
-from tiepolicy._memory import inner_tensors, local_tensor
+from tiepolicy._memory import inner_tensors, is_real, local_tensor
 from tiepolicy.errors import TiePolicyError
 
 #: Words of eight bytes that `fingerprint` reads at a time, and the factor between one such piece and the next.
@@ -60,7 +60,7 @@ def _first_difference_here(expected: torch.Tensor, actual: torch.Tensor) -> str 
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized
+    return tensor.layout is torch.strided and not tensor.is_quantized and is_real(tensor)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,8 @@ def content_digest(tensor: torch.Tensor) -> str:
     Reads the tensor. For a DTensor it gathers the whole of it first: called by all ranks of its mesh.
 
     Raises:
-        TiePolicyError: If the tensor has no data, as on the meta device.
+        TiePolicyError: If the tensor has no data, as on the meta device, or is more than its elements: sparse,
+            quantized, or made of others.
     """
     return hashlib.sha256(_bytes(_whole(tensor).cpu()).numpy().data).hexdigest()
 
@@ -118,5 +119,10 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
         raise TiePolicyError(
             f"a tensor {tuple(whole.shape)} on the meta device has no data to make a digest of; materialise the model "
             "first"
+        )
+    if not _is_plain(whole):
+        raise TiePolicyError(
+            f"a {type(whole).__name__} {tuple(whole.shape)} ({whole.layout}, {whole.dtype}) has no elements to make a "
+            "digest of; give it as it was before it was packed, or plan without digests"
         )
     return whole

@@ -71,6 +71,8 @@ def tie_stages(
             rank as two parameters.
         TieConflictError: On every rank, if halves hold different values.
     """
+    if keep not in (None, "canonical"):
+        raise ShardingError(f'keep is {keep!r}; it is "canonical", or None to compare the values')
     held = {place.name: place.parameter for stage in _as_list(stages) for place in places(stage)}
     everywhere = gathered(lambda: _halves(held, plan), [group])
     shared = _shared(plan, held, everywhere)

@@ -131,8 +131,8 @@ def fully_shard(
         The same module, which now is an `FSDPModule` too.
 
     Raises:
-        ShardingError: If a block is not in the model, a part is sharded already, or a tie cannot survive: a view of a
-            part of a parameter, or a buffer that is a parameter.
+        ShardingError: If a block is not in the model or has no forward(), a part is sharded already, a parameter is a
+            scalar or not contiguous, or a tie cannot survive: a view of a part of a parameter, or a buffer that is one.
         BrokenTieError: If a tie was lost since the plan was kept.
         PlanMismatchError: If ranks have other ties or other blocks. Whatever is wrong on one rank is raised on every
             rank, before anything is sharded.
@@ -142,9 +142,10 @@ def fully_shard(
         plan = kept_plan(model) or keep_plan(model)
         plan.verify(model, after="its plan was kept")
         _check_can_be_sharded(model, plan)
-        ignored = _one_parameter_each(model, plan, options.get("ignored_params") or set())
+        ignored = _one_parameter_each(model, plan, set(options.get("ignored_params") or ()))
         options["ignored_params"] = ignored or None
         groups = shard_groups(model, blocks=blocks, ignored_params=ignored)
+        _check_torch_takes(model, groups, ignored)
         return groups, _digest(plan, groups)
 
     for group in agreed(decide, mesh):
@@ -189,6 +190,26 @@ def _check_can_be_sharded(model: nn.Module, plan: TiePlan) -> None:
                 f"{' and '.join(names)} overlap in one memory, and sharding gives each parameter memory of its own, so "
                 "the two would be trained apart. Give each its own memory before",
                 names=names,
+            )
+
+
+def _check_torch_takes(model: nn.Module, groups: Sequence[ShardGroup], ignored: set[nn.Parameter]) -> None:
+    """Refuse what torch refuses of one group once others are sharded."""
+    for group in groups:
+        for module in group.modules:
+            if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
+                raise ShardingError(
+                    f"a {type(module).__name__} of the group {list(group.paths)} has no forward(), at which FSDP2 "
+                    "would gather it: name the modules in it as blocks, or wrap it in a module that has one"
+                )
+    for place in places(model):
+        parameter = place.parameter
+        if parameter not in ignored and (parameter.dim() == 0 or not parameter.is_contiguous()):
+            problem = (
+                "not contiguous; assign a contiguous copy" if parameter.dim() else "a scalar; give it the shape (1,)"
+            )
+            raise ShardingError(
+                f"FSDP2 cannot shard {place.name}, which is {problem}, or name it in ignored_params", names=[place.name]
             )
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import tiepolicy
 from models import TiedPair
@@ -191,6 +192,26 @@ def test_a_digest_of_a_model_without_data_is_refused():
     assert [EMBED] == [tie.name for tie in tiepolicy.plan(draft, external={"target": target}).external]
     with pytest.raises(TiePolicyError, match="on the meta device has no data to make a digest of"):
         tiepolicy.plan(draft, external={"target": target}, digests=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "pack",
+    [
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        lambda tensor: TwoTensor(tensor, tensor),
+        torch._subclasses.FakeTensorMode().from_tensor,
+    ],
+)
+def test_a_digest_of_more_than_elements_is_refused(pack):
+    """Two quantized tensors of equal elements may have different scales."""
+    packed = pack(torch.ones(2, 2))
+    external = {"target": {"b": packed}}
+    assert ["a"] == [tie.name for tie in tiepolicy.plan({"a": packed}, external=external).external]
+    with pytest.raises(TiePolicyError, match="no elements to make a digest of; give it as it was before"):
+        tiepolicy.plan({"a": packed}, external=external, digests=True)
 
 
 def test_the_manifest_carries_owner_and_digest():

@@ -84,6 +84,18 @@ def test_fake_tensors_are_told_apart():
         assert [("a", "c")] == [group.names for group in tiepolicy.plan(state_dict).groups]
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
+def test_tensors_that_a_function_transform_wraps_are_told_apart_by_the_object(transform):
+    plans = []
+
+    def function(tensor):
+        plans.append(tiepolicy.plan({"a": tensor, "b": tensor, "c": tensor * 1}))
+        return tensor.sum()
+
+    transform(function)(torch.ones(3))
+    assert [["a", "b"]] == [list(group.names) for group in plans[0].groups]
+
+
 def test_planning_reads_no_data():
     model = tiny_llama(tie_word_embeddings=True)
     with CountedOperations() as counted:

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
 
 from models import TiedPair, tiny_llama
 from strategies import blocked_modules
-from tiepolicy_fsdp2 import ShardingError, shard_groups
+from tiepolicy_fsdp2 import ShardingError, fully_shard, keep_plan, shard_groups, tie_stages
 
 
 class Layer(nn.Module):
@@ -186,3 +187,36 @@ def test_pairs_on_the_meta_device_are_grouped_by_the_object():
     with torch.device("meta"):
         model = TiedPair()
     assert [("embed_tokens", "lm_head"), ("",)] == paths(model, "lm_head", "embed_tokens")
+
+
+def with_a_scalar():
+    model = tied_stack()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    return model
+
+
+def with_a_transposed_map():
+    model = tied_stack()
+    model.layers[0].up.weight = nn.Parameter(torch.zeros(4, 4).t())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks", "message"),
+    [
+        (with_a_scalar(), [], r"FSDP2 cannot shard scale, which is a scalar; give it the shape \(1,\)"),
+        (with_a_transposed_map(), [], "FSDP2 cannot shard layers.0.up.weight, which is not contiguous; assign"),
+        (tied_stack(), [["norm", "layers"]], r"a ModuleList of the group \['layers', 'norm'\] has no forward\(\)"),
+        (nn.ModuleDict({"map": nn.Linear(2, 2)}), [], r"a ModuleDict of the group \[''\] has no forward\(\)"),
+    ],
+)
+def test_what_torch_would_refuse_halfway_is_refused_before_anything_is_sharded(model, blocks, message):
+    with pytest.raises(ShardingError, match=message):
+        fully_shard(model, blocks=[Layer, *blocks] if isinstance(model, Stack) else blocks)
+    assert not any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def test_what_ties_stages_is_chosen_by_a_word_that_is_known():
+    model = tied_stack()
+    with pytest.raises(ShardingError, match='keep is True; it is "canonical", or None to compare the values'):
+        tie_stages(model, plan=keep_plan(model), keep=True)
