@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from eagle3.errors import ConfigError
 from eagle3.files import reason, write_in_run
@@ -309,7 +309,8 @@ def _require_positive(section: str, settings: object, *names: str) -> None:
     """Refuses a number of a section that is not above 0; null is fine where it may stand."""
     for name in names:
         value = getattr(settings, name)
-        _require(value is None or value > 0, f"{section}.{name}", value, "above 0")
+        may_be_null = type(None) in get_args(get_type_hints(type(settings))[name])
+        _require(value is None or value > 0, f"{section}.{name}", value, "above 0" + " or null" * may_be_null)
 
 
 def _require(is_met: bool, name: str, value: object, demand: str) -> None:

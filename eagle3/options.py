@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -79,6 +79,7 @@ def read_settings(settings: type[Settings], arguments: Sequence[str]) -> Setting
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ConfigError(_one_sentence(str(error), types_of)) from error
+    _refuse_empty(parsed, types_of)
     values = vars(parser.instantiate(parsed))
     return settings(**{field.name: values[field.name] for field in dataclasses.fields(settings)})  # type: ignore[arg-type]  # a dataclass
 
@@ -185,8 +186,20 @@ def _refuse_unknown(arguments: Sequence[str], known: Sequence[str]) -> None:
     for path in _config_paths(arguments):
         names += [(name, f" ({path})") for name in _keys(_read_yaml(path), known)]
     for name, where in names:
-        if name not in known and name not in ("config", "help"):
-            raise ConfigError(f"{name} is unknown; did you mean {nearest(name, known)}?{where}")
+        if name in known or name in ("config", "help"):
+            continue
+        below = [setting for setting in known if where and setting.startswith(f"{name}.")]
+        if below:
+            raise ConfigError(f"{name} needs settings below it, such as {below[0]}; or leave it out.{where}")
+        raise ConfigError(f"{name} is unknown; did you mean {nearest(name, known)}?{where}")
+
+
+def _refuse_empty(values: Mapping[str, Any], types_of: dict[str, Any]) -> None:
+    """Refuses what the parser lets through: `--out ""`, as of an unset variable, and `lr:` without a value in a file."""
+    for name, kind in types_of.items():
+        value = values[name]
+        if value == "" or (value is None and type(None) not in alternatives(kind)):
+            raise ConfigError(f"{name} is empty, but must be {in_words(kind)}.")
 
 
 def _config_paths(arguments: Sequence[str]) -> Iterator[str]:
@@ -215,13 +228,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _keys(content: dict[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
-    """Dotted names of what a file sets; a section that is set as a whole counts as one unknown name."""
+    """Dotted names of what a file sets; a section that holds no settings counts as one unknown name."""
     for key, value in content.items():
         name = f"{prefix}{key}"
-        is_section = any(setting.startswith(f"{name}.") for setting in known)
-        if is_section and isinstance(value, dict):
+        if isinstance(value, dict) and any(setting.startswith(f"{name}.") for setting in known):
             yield from _keys(value, known, f"{name}.")
-        elif not is_section or value is not None:
+        else:
             yield name
 
 

@@ -104,6 +104,10 @@ def test_the_other_names_of_settings_belong_to_settings():
         ),
         ([*GIVEN, "--data.packing", "perhaps"], "data.packing is perhaps, but must be true or false."),
         ([*GIVEN, "--draft.min_coverage", "2"], "draft.min_coverage is 2.0, but must be from 0 to 1."),
+        ([*GIVEN, "--checkpoint.keep_last", "0"], "checkpoint.keep_last is 0, but must be above 0 or null."),
+        ([*GIVEN, "--train.epochs", "0"], "train.epochs is 0, but must be above 0."),
+        ([*GIVEN, "--out", ""], "out is empty, but must be text."),
+        ([*GIVEN, "--data.validation="], "data.validation is empty, but must be text or null."),
         ([*GIVEN, "more"], "more belongs to no setting; settings are given as --NAME VALUE, and --help lists them."),
     ],
 )
@@ -116,13 +120,15 @@ def test_a_wrong_setting_is_named_as_it_is_typed(options, sentence):
     [
         ("out: x\n- b", "run.yaml is not YAML in UTF-8: while parsing a block mapping"),
         ("- b", "run.yaml must hold settings such as `train:` with `lr: 1e-4` below it."),
-        ("target: 3", "target is unknown; did you mean target.model?"),
+        ("target: 3", "target needs settings below it, such as target.model; or leave it out. ("),
+        ("train:\ndraft: {vocab_size: 3}", "train needs settings below it, such as train.epochs; or leave it out. ("),
+        ("train:\n  lr:\n", "train.lr is empty, but must be a number."),
     ],
 )
 def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, sentence):
     config = tmp_path / "run.yaml"
     config.write_text(text)
-    assert sentence in refusal("--config", str(config))
+    assert sentence in refusal(*GIVEN, "--config", str(config))
 
 
 def test_a_missing_file_is_named_with_those_that_exist():
