@@ -54,7 +54,7 @@ def run_demo(config: DemoConfig) -> None:
     """
     out = Path(config.out)
     if out.exists():
-        raise ConfigError(f"{out} exists already; choose another --out, or delete it.")
+        raise ConfigError(f"{out} exists already, perhaps from a demo that was cut; delete it, or choose another --out.")
     paths = _Paths(
         conversations=out / "conversations.jsonl",
         prompts=out / "prompts.jsonl",
@@ -137,12 +137,16 @@ def _train(settings: list[str], *, kill_at: str | None = None) -> None:
         text=True,
     ) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            sys.stderr.write(line)
-            if kill_at is not None and kill_at in line and not killed:
-                process.kill()
-                killed = True
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                sys.stderr.write(line)
+                if kill_at is not None and kill_at in line and not killed:
+                    process.kill()
+                    killed = True
+        except KeyboardInterrupt:
+            process.kill()  # or it trains on, unseen
+            raise
     if killed != (kill_at is not None) or (process.returncode != 0 and not killed):
         raise Eagle3Error(f"A training process of the demo failed:\n{''.join(lines[-20:])}")
 

@@ -87,10 +87,12 @@ def ends_with_parent(*, seconds: float = 1.0) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(seconds):
             if os.getppid() != parent:
-                # Not through logging: another thread may hold its lock.
-                sys.stderr.write("eagle3: the process that started this one is gone; stopping without a save\n")
-                sys.stderr.flush()
-                os._exit(1)
+                try:
+                    # Not through logging: another thread may hold its lock. Its reader may be gone, too.
+                    sys.stderr.write("eagle3: the process that started this one is gone; stopping without a save\n")
+                    sys.stderr.flush()
+                finally:
+                    os._exit(1)
 
     thread = threading.Thread(target=watch, name="parent watch", daemon=True)
     thread.start()
