@@ -54,7 +54,7 @@ def run_demo(config: DemoConfig) -> None:
     """
     out = Path(config.out)
     if out.exists():
-        raise ConfigError(f"{out} exists already, perhaps from a demo that was cut; delete it, or choose another --out.")
+        raise ConfigError(f"{out} exists already, perhaps of a demo that was cut; delete it, or choose another --out.")
     paths = _Paths(
         conversations=out / "conversations.jsonl",
         prompts=out / "prompts.jsonl",
@@ -129,7 +129,7 @@ def _train(settings: list[str], *, kill_at: str | None = None) -> None:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
     threads = max(1, (os.cpu_count() or 1) // NUM_PROCESSES)
-    lines, killed = [], False
+    killed = False
     with subprocess.Popen(  # noqa: S603 - this interpreter, with the demo's own settings
         [*command, "-m", "eagle3", "train", *settings],
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""},
@@ -139,7 +139,6 @@ def _train(settings: list[str], *, kill_at: str | None = None) -> None:
         assert process.stderr is not None
         try:
             for line in process.stderr:
-                lines.append(line)
                 sys.stderr.write(line)
                 if kill_at is not None and kill_at in line and not killed:
                     process.kill()
@@ -148,7 +147,7 @@ def _train(settings: list[str], *, kill_at: str | None = None) -> None:
             process.kill()  # or it trains on, unseen
             raise
     if killed != (kill_at is not None) or (process.returncode != 0 and not killed):
-        raise Eagle3Error(f"A training process of the demo failed:\n{''.join(lines[-20:])}")
+        raise Eagle3Error("A training process of the demo failed; its lines above say why.")
 
 
 def _inherit_flag(run: Path) -> None:

@@ -183,7 +183,8 @@ def unreadable(folder_or_name: str | Path, *, part: str, error: Exception) -> Ta
     if Path(folder_or_name).exists():
         advice = "It must be a folder with config.json, *.safetensors and tokenizer.json of a causal language model."
     else:
-        advice = "There is no such folder, and no such name in the local Hugging Face cache: download it first."
+        folder = Path(folder_or_name).absolute()
+        advice = f"There is no folder {folder}, and no such name in the local Hugging Face cache: download it first."
     reason = " ".join(str(error).split())
     return TargetError(f"The {part} of the target {folder_or_name} cannot be loaded. {advice} ({reason})")
 

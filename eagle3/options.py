@@ -186,16 +186,15 @@ def _refuse_unknown(arguments: Sequence[str], known: Sequence[str]) -> None:
     for path in _config_paths(arguments):
         names += [(name, f" ({path})") for name in _keys(_read_yaml(path), known)]
     for name, where in names:
-        if name in known or name in ("config", "help"):
-            continue
-        below = [setting for setting in known if where and setting.startswith(f"{name}.")]
-        if below:
-            raise ConfigError(f"{name} needs settings below it, such as {below[0]}; or leave it out.{where}")
-        raise ConfigError(f"{name} is unknown; did you mean {nearest(name, known)}?{where}")
+        if name not in known and name not in ("config", "help"):
+            below = [setting for setting in known if where and setting.startswith(f"{name}.")]
+            if below:
+                raise ConfigError(f"{name} needs settings below it, such as {below[0]}; or leave it out.{where}")
+            raise ConfigError(f"{name} is unknown; did you mean {nearest(name, known)}?{where}")
 
 
 def _refuse_empty(values: Mapping[str, Any], types_of: dict[str, Any]) -> None:
-    """Refuses what the parser lets through: `--out ""`, as of an unset variable, and `lr:` without a value in a file."""
+    """Refuses what the parser lets through: the empty text of an unset variable, and a file's `lr:` without a value."""
     for name, kind in types_of.items():
         value = values[name]
         if value == "" or (value is None and type(None) not in alternatives(kind)):

@@ -32,5 +32,5 @@ def test_the_demo_makes_a_target_trains_a_draft_resumes_it_and_shows_what_came_o
 
 def test_the_demo_does_not_write_into_a_folder_that_exists(tmp_path, capfd):
     assert 2 == main(["demo", "--out", str(tmp_path)])
-    expected = f"{tmp_path} exists already, perhaps from a demo that was cut; delete it, or choose another --out."
+    expected = f"{tmp_path} exists already, perhaps of a demo that was cut; delete it, or choose another --out."
     assert expected in capfd.readouterr().err
