@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml  # type: ignore[import-untyped]  # it has no annotations, and safe_load is all we take
 from docstring_parser import parse
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from eagle3.errors import ConfigError
 
@@ -193,7 +193,7 @@ def _refuse_unknown(arguments: Sequence[str], known: Sequence[str]) -> None:
             raise ConfigError(f"{name} is unknown; did you mean {nearest(name, known)}?{where}")
 
 
-def _refuse_empty(values: Mapping[str, Any], types_of: dict[str, Any]) -> None:
+def _refuse_empty(values: Namespace, types_of: dict[str, Any]) -> None:
     """Refuses what the parser lets through: the empty text of an unset variable, and a file's `lr:` without a value."""
     for name, kind in types_of.items():
         value = values[name]
