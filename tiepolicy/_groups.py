@@ -68,10 +68,9 @@ class Companion(NamedTuple):
 def holds(group: TieGroup, alias: Alias, facts: Facts) -> bool:
     """Whether an alias is still the part of the canonical tensor that it was, in memory."""
     owner, part = facts[group.canonical], facts[alias.name]
-    reason = relate(owner, part)
     if alias.view is None:
-        return reason in (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
-    return reason is Reason.VIEW_OF and view_within(owner, part) == alias.view
+        return relate(owner, part) in (Reason.SAME_OBJECT, Reason.SAME_STORAGE)
+    return view_within(owner, part) == alias.view
 
 
 def is_one(group: TieGroup, alias: Alias, facts: Facts) -> bool:
@@ -155,18 +154,18 @@ def owners_of(names: Sequence[str], facts: Facts) -> tuple[tuple[str, ...], dict
     """The names from which every other can be rebuilt: the longest tensor and its exact doubles; none if none can.
 
     Returns:
-        The names, sorted, and how every name relates to the first of them, where that was looked at.
+        Those of the names, in their order, and how every name relates to the first of them, where that was looked at.
     """
     members = [facts[name] for name in names]
     if len({fact.object_id for fact in members}) == 1:
-        return tuple(sorted(names)), dict.fromkeys(names, Reason.SAME_OBJECT)
+        return tuple(names), dict.fromkeys(names, Reason.SAME_OBJECT)
     longest = max(fact.extent for fact in members)
     # Whatever contains a view is dense; looking there first finds the owner at once.
     long = sorted((fact for fact in members if fact.extent == longest), key=lambda fact: not fact.is_dense)
     for owner in long:
         relations = {fact.name: relate(owner, fact) for fact in members}
         if all(reason.proves_alias for reason in relations.values()):
-            return tuple(sorted(name for name, reason in relations.items() if reason in _EXACT)), relations
+            return tuple(name for name, reason in relations.items() if reason in _EXACT), relations
     return (), {}
 
 

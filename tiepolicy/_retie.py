@@ -179,5 +179,6 @@ def check_present(tied: Sequence[str], present: Container[str]) -> None:
 
 
 def _check_shapes(group: TieGroup, places: dict[str, list[_Place]]) -> None:
-    if len({places[alias.name][0].tensor.shape for alias in group.aliases if alias.view is None}) > 1:
+    whole = (group.canonical, *(alias.name for alias in group.aliases if alias.view is None))
+    if len({places[name][0].tensor.shape for name in whole}) > 1:
         raise TiePolicyError(f"{list(group.names)} no longer have one shape and cannot be tied", names=group.names)

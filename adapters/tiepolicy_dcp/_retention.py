@@ -65,8 +65,8 @@ class Retention:
         if self.keep_last is None and self.keep_best is None:
             return []
         by_age = sorted(records, key=lambda record: record.number)
-        kept = {record.name for record in by_age[-(self.keep_last or 0) :] if self.keep_last}
-        kept |= {record.name for record in self.ranked(records)[: self.keep_best or 0]}
+        newest = by_age[-self.keep_last :] if self.keep_last else []
+        kept = {record.name for record in [*newest, *self.ranked(records)[: self.keep_best or 0]]}
         return [record for record in by_age if record.name not in kept and record.name not in pointed]
 
 

@@ -212,6 +212,21 @@ def test_verify_holds_what_belongs_to_another_model_against_that_model(draft, fo
     )
 
 
+def test_verify_says_which_tensor_of_another_model_it_cannot_check(folder, capsys):
+    target = TiedPair()
+    save_model(target, folder / "target.safetensors")
+    for digests, rows, expected in [
+        (False, slice(None), "without a digest, so target.safetensors was not held against it"),
+        (True, slice(2, 10), "whose digest cannot be checked against target.safetensors"),
+    ]:
+        draft = FlaggedPair(flag=False, vocab_size=8, draft_vocab_size=8, hidden_size=4)
+        draft.embed_tokens.weight = torch.nn.Parameter(target.embed_tokens.weight.data[rows])
+        plan = tiepolicy.plan(draft, external={"target": target}, digests=digests)
+        tiepolicy_dcp.save(f"draft_{digests}", model=draft, plan=plan, external={"target": target})
+        code, text = run(capsys, "verify", f"draft_{digests}", "--owner", "target=target.safetensors")
+        assert (1, True) == (code, expected in " ".join(text.split())), text
+
+
 def test_an_owner_that_is_no_checkpoint_is_wrong_usage(draft, capsys):
     for owner in ("target", "=target.safetensors", "target=gone"):
         with pytest.raises(SystemExit) as caught:

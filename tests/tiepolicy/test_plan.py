@@ -110,6 +110,13 @@ def test_different_values_under_a_tie_stop_the_compaction_and_are_located():
     assert ("lm_head.weight", "embed_tokens.weight") == caught.value.names
 
 
+def test_tensors_without_data_are_not_taken_for_equal():
+    """They were one when planned; whether they still are cannot be read."""
+    meta = {name: torch.empty(12, 4, device="meta") for name in ("embed_tokens.weight", "lm_head.weight")}
+    with pytest.raises(TieConflictError, match="they have no data to compare"):
+        tiepolicy.plan(TiedPair()).compact(meta)
+
+
 def test_nan_equals_itself_under_a_tie():
     """A diverged run can still be saved: bits are compared, not numbers."""
     model = TiedPair()

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tiepolicy
@@ -101,7 +101,11 @@ class Silent:
         return None
 
 
+WHOLE = torch.arange(6.0)
+
+
 @given(memory_dicts() | view_dicts())
+@example({"m": WHOLE, "b": (part := WHOLE[:2]), "z": part, "c": WHOLE[4:]})
 def test_a_plugin_that_answers_nothing_changes_nothing(tensors):
     """What memory alone settles in one look is what claims and verdicts come to."""
     assert tiepolicy.plan(tensors) == Policy(plugins=[Silent()]).plan(tensors)
@@ -122,6 +126,28 @@ def test_a_part_of_two_overlapping_tensors_may_be_claimed_of_both():
 
     plan = Policy(plugins=[Both()]).plan({"left": buffer[:6], "right": buffer[4:], "part": buffer[4:6]})
     assert [("right", "part")] == [group.names for group in plan.groups]
+
+
+def test_claims_on_memory_itself_may_not_connect_what_none_contains():
+    buffer = torch.arange(10.0)
+
+    class Both:
+        @hookimpl
+        def tiepolicy_claims(self):
+            return [Claim(("left", "part"), "storage"), Claim(("right", "part"), "storage")]
+
+    with pytest.raises(UnsafeVerdictError, match=r"connect \['left', 'part', 'right'\], but none of them contains all"):
+        Policy(plugins=[Both()]).plan({"left": buffer[:6], "right": buffer[4:], "part": buffer[4:6]})
+
+
+def test_no_plugin_calls_an_absent_name_one_tensor_with_another():
+    class ClaimAbsent(FlagTrusting):
+        @hookimpl
+        def tiepolicy_claims(self):
+            return [Claim(("embed_tokens.weight", "gone.weight"), "declared")]
+
+    with pytest.raises(UnsafeVerdictError, match=r"claimed by declared\), but gone.weight is not in the model"):
+        Policy(plugins=[ClaimAbsent()]).plan(TiedPair())
 
 
 def test_a_plugin_may_choose_the_stored_name():

@@ -65,7 +65,10 @@ def test_a_declared_tie_of_two_names_gives_no_third_name_their_values():
             return [tiepolicy.Claim(names, "declared") for names in ("ab", "cd")]
 
     plan = tiepolicy.Policy(plugins=[Declares()]).plan({name: torch.zeros(12, 4) for name in "abcd"})
-    assert ["a", "a", "c", "c"] == [action.saved for action in reconcile(plan, {"a": SPEC, "c": SPEC})]
+    actions = reconcile(plan, {"a": SPEC, "c": SPEC})
+    assert ["a", "a", "c", "c"] == [action.saved for action in actions]
+    assert "assumed one tensor with a when saved, as declared claims; both get its values" == actions[1].note
+    assert str(plan.refused[0]).endswith("each has its own storage; claimed by declared")
     with pytest.raises(MissingTensorError, match=r"c \(12, 4\) is not in the checkpoint"):
         reconcile(plan, {"a": SPEC})
 

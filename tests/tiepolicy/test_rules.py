@@ -36,6 +36,13 @@ def test_without_a_flag_and_without_shared_memory_nobody_claims_anything():
     assert ((), (), None) == (plan.groups, plan.refused, plan.verdict(EMBED, HEAD))
 
 
+def test_names_of_two_groups_have_no_verdict_together():
+    weights = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    plan = tiepolicy.plan(weights | {"also_a": weights["a"], "also_b": weights["b"], "alone": torch.zeros(2)})
+    assert [None, None, None] == [plan.verdict(*pair) for pair in (("a", "b"), ("also_a", "also_b"), ("alone", "a"))]
+    assert plan.verdict("also_a", "a").is_alias
+
+
 def test_the_refusal_of_the_field_says_what_differs_and_who_claimed_it():
     with torch.device("meta"):
         model = FlaggedPair(flag=True, vocab_size=128256, draft_vocab_size=8192, hidden_size=2048)

@@ -144,6 +144,15 @@ def test_retie_says_when_the_model_is_only_a_part():
         tiepolicy.plan(TiedPair()).retie(nn.ModuleDict({"embed_tokens": nn.Embedding(12, 4)}))
 
 
+def test_retie_gives_no_name_another_shape():
+    model = TiedPair()
+    plan = tiepolicy.plan(model)
+    model.lm_head.weight = nn.Parameter(torch.zeros(8, 4))
+    with pytest.raises(TiePolicyError, match="no longer have one shape and cannot be tied"):
+        plan.retie(model, keep="canonical")
+    assert (8, 4) == model.lm_head.weight.shape
+
+
 def test_keep_has_two_values():
     with pytest.raises(ValueError, match="keep is \"last\"|keep is 'last'"):
         tiepolicy.plan(TiedPair()).retie(TiedPair(), keep="last")

@@ -276,6 +276,8 @@ def edit_digests(change):
     [
         (flip_a_bit, "__0_0.distcp does not hold what was written: its digest differs"),
         (lambda folder: (folder / "extra.json").write_text("{ }"), "extra.json has 3 bytes, but 2 were written"),
+        (edit_digests(lambda c: c["files"].pop("extra.json")), "extra.json is not recorded in digests.json: it was"),
+        (lambda folder: (folder / "digests.json").unlink(), "digests.json is missing: a part of the checkpoint was"),
         (edit_digests(lambda c: c.update(algorithm="md4")), "has the unknown algorithm 'md4'"),
         (edit_digests(lambda c: c.update(files=[])), "its files are no object of names with size and digest"),
         (edit_digests(lambda c: c["files"].update(x=[1])), "its files are no object"),
@@ -309,6 +311,19 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, files, message):
     with pytest.raises(CheckpointError, match=message):
         read_contents(tmp_path)
     assert [True] == [message in problem for problem in find_problems(tmp_path)]
+
+
+def test_a_path_that_leads_nowhere_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="gone is neither a file nor a folder"):
+        read_contents(tmp_path / "gone")
+
+
+def test_two_shards_with_a_plan_each_are_of_two_saves(tmp_path):
+    folder = sharded(tmp_path)
+    for name, tensors in (("one", {"a": torch.zeros(2)}), ("two", {"b": torch.zeros(3), "c": torch.zeros(())})):
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"tiepolicy": json.dumps({})})
+    with pytest.raises(CheckpointError, match="holds files of several saves: 2 of them have a manifest"):
+        read_contents(folder)
 
 
 def test_a_name_in_two_shards_is_refused(tmp_path):

@@ -105,6 +105,15 @@ def test_lost_or_damaged_digests_are_an_error_unless_nothing_is_to_be_checked(tm
     tiepolicy_dcp.load(folder, model=TiedPair(), verify="off")
 
 
+def test_a_file_that_was_put_there_later_is_not_read(tmp_path):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
+    content = json.loads((folder / "digests.json").read_text())
+    del content["files"]["extra.json"]
+    (folder / "digests.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="extra.json is not recorded in digests.json: .* Nothing was loaded"):
+        tiepolicy_dcp.load(folder, model=TiedPair())
+
+
 def test_sizes_alone_do_not_find_a_changed_byte(tmp_path):
     """What `verify="size"` gives up for its speed."""
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiepolicy_dcp
 from models import TiedPair
 from tiepolicy_dcp import CheckpointError, CheckpointStore
 from tiepolicy_dcp._folder import temporary
@@ -80,9 +81,10 @@ def test_an_option_that_makes_no_sense_is_refused(tmp_path, options, message):
 def test_what_no_store_wrote_is_never_deleted(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("mine")
+    tiepolicy_dcp.save(tmp_path / "copied", model=TiedPair())
     store = CheckpointStore(tmp_path, keep_last=1)
     save_all(store, [None] * 3)
-    assert (["step_2"], "mine") == (store.names(), (tmp_path / "notes" / "todo.txt").read_text())
+    assert (["copied", "step_2"], "mine") == (store.names(), (tmp_path / "notes" / "todo.txt").read_text())
 
 
 def test_a_reopened_store_goes_on_counting(tmp_path):
@@ -105,6 +107,14 @@ def test_a_save_that_was_killed_before_it_was_pointed_to_may_be_repeated(tmp_pat
     assert (["step_0", "step_1", "step_2"], ("step_2", "step_1")) == (store.names(), pointers(store))
     with pytest.raises(CheckpointError, match="step_1 exists already"):
         store.save("step_1", model=TiedPair())
+
+
+def test_the_first_save_too_may_be_repeated_if_it_was_killed_before_it_was_pointed_to(tmp_path):
+    CheckpointStore(tmp_path).save("one", model=TiedPair())
+    (tmp_path / "LATEST").unlink()
+    store = CheckpointStore(tmp_path)
+    store.save("one", model=TiedPair())
+    assert (["one"], ("one", None)) == (store.names(), pointers(store))
 
 
 def test_what_a_killed_save_and_a_killed_deletion_left_is_removed_whatever_its_name(tmp_path):

@@ -305,6 +305,12 @@ def test_a_checkpoint_is_never_written_over_another(tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot make a folder for the checkpoint .*file/c: "):
+        tiepolicy_dcp.save(tmp_path / "file" / "c", model=TiedPair())
+
+
 def test_extra_state_that_is_no_json_leaves_nothing_behind(tmp_path):
     with pytest.raises(CheckpointError, match="extra state can hold tensors and what JSON can"):
         tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(), extra={"optimizer": object()})

@@ -58,6 +58,24 @@ def test_a_missing_checkpoint_is_an_error_that_lists_what_there_is(tmp_path):
         store.resolve("two")
 
 
+def test_a_root_that_is_a_file_cannot_take_a_checkpoint(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(CheckpointError, match=r"run cannot take a checkpoint: .* Nothing was written"):
+        CheckpointStore(tmp_path / "run").save("one", model=TiedPair())
+
+
+def test_a_damaged_pointer_is_named_and_not_followed(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save("one", model=TiedPair())
+    (tmp_path / "LATEST").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"LATEST is damaged: .* Name the checkpoint instead"):
+        store.resolve("LATEST")
+    (tmp_path / "LATEST").unlink()
+    (tmp_path / "LATEST").mkdir()
+    with pytest.raises(CheckpointError, match=r"LATEST is no file, and nothing was read of it. Name the checkpoint"):
+        store.resolve("LATEST")
+
+
 def test_a_pointer_out_of_the_store_is_not_followed(tmp_path):
     store = CheckpointStore(tmp_path / "run")
     store.save("one", model=TiedPair())
