@@ -110,6 +110,7 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
 
     Raises:
         DataError: The conversations cannot be read, or none of them begins with a question.
+        TargetError: As for `write_with_draft`.
     """
     target, draft = trained.target, trained.draft
     draft.to(target.head_VE.dtype)
@@ -120,8 +121,8 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
     stop_ids = frozenset(end_ids(target.model.generation_config))
     limits = Limits(num_drafted=num_drafted, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids)
     writers = _Writers(target, draft, limits, config)
-    greedy_alone = _timed(writers.alone_greedy, prompts, "greedy answers of the target")
     greedy = _timed(writers.greedy, prompts, "greedy answers with the draft")
+    greedy_alone = _timed(writers.alone_greedy, prompts, "greedy answers of the target")
     with torch.random.fork_rng(devices=[]):  # `generate` takes no generator
         torch.manual_seed(config.seed)
         sampled_alone = _timed(writers.alone_sampled, prompts, "sampled answers of the target")

@@ -17,7 +17,11 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from eagle3.draft import Draft
+from eagle3.errors import TargetError
 from eagle3.target import FrozenTarget
+
+#: Kinds of layers that keep keys of single tokens.
+_ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 
 #: Draws an index from probabilities (n,) that sum to 1.
 Choose = Callable[[Tensor], int]
@@ -162,6 +166,9 @@ def write_with_draft(
 
     Returns:
         At most `max_new_tokens` tokens, the last of which may be a stop token.
+
+    Raises:
+        TargetError: The target has layers other than attention, which could not take tokens back.
     """
     reader = _TargetReader(target)
     chain = DraftChain(draft, capacity=len(prompt_ids) + limits.max_new_tokens + limits.num_drafted)
@@ -191,6 +198,13 @@ class _TargetReader:
 
     def __init__(self, target: FrozenTarget) -> None:
         self.target = target
+        kinds = set(getattr(target.config, "layer_types", None) or ()) - _ATTENTION
+        if kinds:
+            raise TargetError(
+                f"{type(target.model).__name__} has layers of the kind {', '.join(sorted(kinds))}, which cannot take a "
+                "rejected token back, so it writes nothing with a draft here. Export the draft and measure it in an "
+                "engine."
+            )
         # Without the model's config all layers keep all keys. One with a sliding window drops keys for good, and could
         # not take rejected tokens back.
         self.cache = DynamicCache()

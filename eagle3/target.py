@@ -65,8 +65,7 @@ class FrozenTarget:
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config(decoder=True)
-        self.decoder: nn.Module = model.get_decoder()
-        self.decoder_layers = _find_layers(self.decoder, num_layers=self.config.num_hidden_layers)
+        self.decoder, self.decoder_layers = _find_layers(model.get_decoder(), num_layers=self.config.num_hidden_layers)
         self.layer_ids = choose_layers(len(self.decoder_layers), layers)
         embedding: Any = model.get_input_embeddings()
         self.embedding_VE: nn.Parameter = embedding.weight
@@ -263,7 +262,8 @@ def _copy_input_to(slot: torch.Tensor) -> Callable[..., None]:
     return hook
 
 
-def _find_layers(decoder: nn.Module, *, num_layers: int) -> nn.ModuleList:
+def _find_layers(decoder: Any, *, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder, without a head if it has one, and its layers."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules():
         # Only the outermost: a layer may hold as many experts as there are layers.
@@ -275,4 +275,8 @@ def _find_layers(decoder: nn.Module, *, num_layers: int) -> nn.ModuleList:
             f"{type(decoder).__name__} has {len(found)} lists of {num_layers} modules ({', '.join(found) or 'none'}), "
             "but exactly one, the decoder layers, is needed to capture hidden states. Choose a target with one."
         )
-    return next(iter(found.values()))
+    name, layers = next(iter(found.items()))
+    if decoder.get_output_embeddings() is not None:
+        # What transformers takes for the decoder of a Llama 4 is a whole language model.
+        decoder = decoder.get_submodule(name.rpartition(".")[0])
+    return decoder, layers

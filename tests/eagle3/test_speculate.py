@@ -8,11 +8,19 @@ from collections import defaultdict
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from eagle3.blueprint import draft_config
 from eagle3.config import DraftConfig
 from eagle3.draft import Draft
+from eagle3.errors import TargetError
 from eagle3.speculate import Greedy, Limits, Sampled, random_choice, write_with_draft
 from eagle3.target import FrozenTarget
 from eagle3.unroll import TrainingTimeTest, plan_rows
@@ -139,6 +147,24 @@ def test_a_chain_proposes_what_the_training_time_test_learns(options):
             num_hits += num_accepted
             row += num_accepted + 1
     assert num_hits > 0
+
+
+def test_a_target_that_cannot_take_tokens_back_is_refused():
+    _, draft = make_pair()
+    config = FalconH1Config(
+        vocab_size=13,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    target = FrozenTarget(FalconH1ForCausalLM(config), tokenizer=tokenizer)
+    with pytest.raises(
+        TargetError, match=r"^FalconH1ForCausalLM has layers of the kind hybrid, which cannot take a rej"
+    ):
+        write_with_draft(target, draft, [1, 2], rule=Greedy(), limits=limits())
 
 
 class Enumerated:

@@ -28,6 +28,7 @@ FAMILIES = (
     "granite",
     "olmo2",
     "gpt_oss",
+    "llama4_text",
 )
 
 
@@ -313,6 +314,15 @@ IMAGE_READERS = {
     "llava": {
         "text_config": {"model_type": "llama", **SMALL_TEXT},
         "vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, **SMALL_VISION},
+    },
+    "llama4": {
+        "text_config": {"head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2, **SMALL_TEXT},
+        "vision_config": {
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            **SMALL_VISION,
+        },
     },
     "gemma3": {"text_config": {"head_dim": 8, **SMALL_TEXT}, "vision_config": SMALL_VISION},
     "qwen2_5_vl": {
