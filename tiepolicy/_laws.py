@@ -13,7 +13,6 @@ from tiepolicy import hookspecs
 from tiepolicy._claims import Claim, Verdict
 from tiepolicy._evidence import relate
 from tiepolicy._external import Owners
-from tiepolicy._groups import Companion
 from tiepolicy._observe import Facts, TensorSource, observe
 from tiepolicy._plan import TiePlan
 from tiepolicy._policy import Policy
@@ -79,26 +78,12 @@ def _implements_hooks(trial: Trial) -> str | None:
 
 
 def _answers_fit(trial: Trial) -> str | None:
-    facts = observe(trial.source)
-    hooks = trial.hooks()
-    for answer in hooks.tiepolicy_claims(model=trial.model, facts=facts):
-        if not isinstance(answer, Iterable) or isinstance(answer, str):
-            return f"tiepolicy_claims answered {answer!r}, a {type(answer).__name__}; expected claims"
-        for claim in answer:
-            if not isinstance(claim, Claim):
-                return f"tiepolicy_claims answered with {claim!r}, a {type(claim).__name__}; expected a Claim"
-    for answer in hooks.tiepolicy_companions(model=trial.model, facts=facts):
-        for companion in answer:
-            if not isinstance(companion, Companion):
-                return f"tiepolicy_companions answered with {companion!r}; expected a Companion"
-    for pair in trial.all_pairs(facts):
-        verdict = hooks.tiepolicy_decide(claim=pair, facts=facts)
-        if not isinstance(verdict, Verdict | None):
-            return f"tiepolicy_decide answered {verdict!r}, a {type(verdict).__name__}; expected a Verdict or None"
-    for group in Policy().plan(trial.source).groups:
-        name = hooks.tiepolicy_canonical(group=tuple(sorted(group.names)), claims=(), facts=facts)
-        if not isinstance(name, str | None):
-            return f"tiepolicy_canonical answered {name!r}, a {type(name).__name__}; expected a name or None"
+    try:
+        trial.plan()
+    except PluginError as error:
+        return str(error)
+    except TiePolicyError:
+        pass  # other laws say why
     return None
 
 

@@ -206,7 +206,7 @@ def _write_external(tie: ExternalTie) -> dict[str, Any]:
         "owner": tie.owner,
         "owner_name": tie.owner_name,
         "shape": list(tie.shape),
-        "dtype": str(tie.dtype).removeprefix("torch."),
+        "dtype": TensorSpec(tie.shape, tie.dtype).dtype_name,
         "view": _write_view(tie.view),
         "sha256": tie.digest,
     }

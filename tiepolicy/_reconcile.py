@@ -84,13 +84,11 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
         PluginError: If a plugin answers about a missing tensor what cannot be done.
         ObservationError: If `plan` or `saved` is something else.
     """
-    is_known = isinstance(saved, TiePlan) or (
-        isinstance(saved, Mapping) and all(hasattr(spec, "shape") and hasattr(spec, "dtype") for spec in saved.values())
-    )
-    if not (isinstance(plan, TiePlan) and is_known):
+    specs = saved.values() if isinstance(saved, Mapping) else () if isinstance(saved, TiePlan) else (None,)
+    if not isinstance(plan, TiePlan) or not all(hasattr(spec, "dtype") for spec in specs):
         raise ObservationError(
-            f"reconcile takes a plan and a checkpoint's plan (TiePlan.from_manifest), or a TensorSpec for each name in "
-            f"it, not a {type(plan).__name__} and a {type(saved).__name__} of something else"
+            f"reconcile takes a plan, and a plan (TiePlan.from_manifest) or a TensorSpec for each name, not a "
+            f"{type(plan).__name__} and a {type(saved).__name__} of something else"
         )
     stored = saved.stored() if isinstance(saved, TiePlan) else saved
     theirs = {tie.name: tie for tie in saved.external if tie.digest} if isinstance(saved, TiePlan) else {}

@@ -1,5 +1,6 @@
 """Step 25, for adapters: the files of a checkpoint, read without trust and held against their digests."""
 
+from tiepolicy._contents import read_index as read_index
 from tiepolicy._digests import DIGESTS as DIGESTS
 from tiepolicy._digests import Digest as Digest
 from tiepolicy._digests import FileRecord as FileRecord

@@ -31,6 +31,7 @@ from tiepolicy.files import (
     member,
     read_digests,
     read_header,
+    read_index,
     read_json,
 )
 
@@ -78,7 +79,7 @@ def find_weights(folder: Path, *, allow_pickle: bool) -> Weights:
             "Remove the one that is not meant"
         )
     if single.exists() or single.is_symlink():
-        return _safe(folder, {WEIGHTS: None}, named_by=folder.name)
+        return _safe(folder, {WEIGHTS: set()}, named_by=folder.name)
     if index.exists():
         return _safe(folder, _by_file(index), named_by=INDEX)
     pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).exists()]
@@ -167,20 +168,15 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _by_file(index: Path) -> dict[str, set[str] | None]:
+def _by_file(index: Path) -> dict[str, set[str]]:
     """The names that an index expects in each file."""
-    names = read_json(member(index.parent, index.name)).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise CheckpointError(f"{index} is damaged: its weight_map is no object of tensor names and file names")
-    expected: dict[str, set[str] | None] = {}
-    for name, file in names.items():
-        held = expected.setdefault(file, set())
-        assert held is not None
-        held.add(name)
+    expected: dict[str, set[str]] = {}
+    for name, file in read_index(member(index.parent, index.name)).items():
+        expected.setdefault(file, set()).add(name)
     return expected
 
 
-def _safe(folder: Path, expected: Mapping[str, set[str] | None], *, named_by: str) -> Weights:
+def _safe(folder: Path, expected: Mapping[str, set[str]], *, named_by: str) -> Weights:
     files, manifests = [], []
     metadata: dict[str, str] = {}
     seen: dict[str, str] = {}
@@ -188,7 +184,7 @@ def _safe(folder: Path, expected: Mapping[str, set[str] | None], *, named_by: st
         path = member(folder, file, named_by=named_by)
         header = read_header(path)
         held = set(header.tensors)
-        absent = sorted((names or held) - held)
+        absent = sorted(names - held)
         if absent:
             raise CheckpointError(
                 f"{folder / named_by} says that {absent[0]} is in {file}, which does not hold it: files of two saves "

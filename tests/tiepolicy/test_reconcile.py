@@ -127,5 +127,5 @@ def test_what_is_no_plan_and_no_list_of_tensors_is_refused(swapped):
     plan = tiepolicy.plan(TiedPair())
     arguments = (TiedPair(), plan) if swapped else (plan, plan.to_manifest())
     kinds = "TiedPair and a TiePlan" if swapped else "TiePlan and a dict"
-    with pytest.raises(ObservationError, match=f"reconcile takes a plan and a checkpoint's plan .*, not a {kinds}"):
+    with pytest.raises(ObservationError, match=f"reconcile takes a plan, and a plan .*, not a {kinds}"):
         reconcile(*arguments)

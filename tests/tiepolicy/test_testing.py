@@ -118,7 +118,7 @@ class Frees:
 class ChangesPlan:
     @hookimpl
     def tiepolicy_planned(self, plan):
-        plan.tensors.clear()
+        object.__setattr__(plan, "groups", ())
 
 
 class TiesAbsent:
@@ -179,15 +179,15 @@ IMPLEMENTS, TYPES, CHANGES, ABSENT, SHAPES, EVIDENCE, BYTES, ORDER = (law for la
         (Hookless, IMPLEMENTS, "the plugin Hookless implements no hook; mark its functions with @tiepolicy.hookimpl"),
         (Misspelt, IMPLEMENTS, "unknown hook 'tiepolicy_claim'"),
         (OtherArguments, IMPLEMENTS, "'weights'"),
-        (Raises, TYPES, "a hook raised AttributeError"),
-        (ClaimsText, TYPES, "tiepolicy_claims answered with 'embed_tokens.weight', a str; expected a Claim"),
-        (ClaimsNumber, TYPES, "tiepolicy_claims answered 3, a int; expected claims"),
-        (ClaimsNoStrings, TYPES, "names are strings|a hook raised"),
-        (DecidesText, TYPES, "tiepolicy_decide answered 'alias', a str; expected a Verdict or None"),
-        (StoresNumber, TYPES, "tiepolicy_canonical answered 0, a int; expected a name or None"),
+        (Raises, TYPES, "tiepolicy_claims of the plugin Raises raised AttributeError"),
+        (ClaimsText, TYPES, "answered tiepolicy_claims with 'embed_tokens.weight', a str; expected a Claim"),
+        (ClaimsNumber, TYPES, "answered tiepolicy_claims with 3, a int; expected a Claim"),
+        (ClaimsNoStrings, TYPES, "raised TiePolicyError: a claim needs two or more different names"),
+        (DecidesText, TYPES, "answered tiepolicy_decide with 'alias', a str; expected a Verdict"),
+        (StoresNumber, TYPES, "answered tiepolicy_canonical with 0, a int; expected a str"),
         (Zeroes, CHANGES, "a hook changed .*weight of the model"),
         (Frees, CHANGES, "a hook changed the config of the model"),
-        (ChangesPlan, CHANGES, "tiepolicy_planned changed the plan|a hook raised"),
+        (ChangesPlan, CHANGES, "tiepolicy_planned changed the plan"),
         (TiesAbsent, ABSENT, "absent.weight is not there"),
         (FlagTrusting, SHAPES, "and their shapes differ"),
         (ShapeTrusting, EVIDENCE, "and neither can be rebuilt"),
