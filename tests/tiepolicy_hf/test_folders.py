@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -56,6 +57,18 @@ def point_to(folder, path):
 
 
 # What is written
+
+
+def test_saving_changes_neither_the_model_nor_its_config(tmp_path):
+    model = tied()
+    model.config.tie_word_embeddings = False
+    before = model.config.to_dict(), dict(model.state_dict(keep_vars=True))
+    tiepolicy_hf.save_pretrained(model, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"]
+    assert before[0] == model.config.to_dict()
+    assert {name: id(tensor) for name, tensor in before[1].items()} == {
+        name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()
+    }
 
 
 def test_the_tied_tensor_is_stored_once_under_the_name_that_tools_look_for(tmp_path):
@@ -323,6 +336,27 @@ def test_a_shard_of_another_save_is_found(tmp_path):
     shards[-1].write_bytes(shards[0].read_bytes())
     with pytest.raises(CheckpointError, match="which does not hold it: files of two saves lie in one folder"):
         tiepolicy_hf.from_pretrained(LlamaForCausalLM, tmp_path)
+
+
+def test_a_file_that_was_changed_is_named_as_far_as_one_asks_and_free_to_change_without_digests(tmp_path):
+    folder = tiepolicy_hf.save_pretrained(tied(), tmp_path / "model")
+
+    def first_value(**options):
+        return tiepolicy_hf.from_pretrained(LlamaForCausalLM, folder, **options).model.norm.weight[0].item()
+
+    before = read_header(folder / "model.safetensors")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(before.tensors["model.norm.weight"].start)
+        file.write(struct.pack("<f", 3.5))
+    with pytest.raises(CheckpointError, match="model.safetensors does not hold what was written"):
+        first_value()
+    assert [3.5, 3.5] == [first_value(verify="size"), first_value(verify="off")]
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    with pytest.raises(CheckpointError, match="config.json has .* bytes, but .* were written"):
+        first_value(verify="size")
+    assert 3.5 == first_value(verify="off")
+    (folder / "digests.json").unlink()
+    assert 3.5 == first_value()
 
 
 def test_an_index_beside_a_single_file_is_two_checkpoints(tmp_path):
