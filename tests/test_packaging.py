@@ -48,7 +48,7 @@ def test_the_configs_of_the_trainer_come_with_it(site):
     assert {path.name for path in (ROOT / "eagle3" / "configs").iterdir()} == names
 
 
-def test_the_core_needs_only_torch_pluggy_and_safetensors(site):
+def test_the_core_needs_only_torch_pluggy_safetensors_and_numpy(site):
     (metadata,) = site.glob("*.dist-info/METADATA")
     requirements = email.message_from_string(metadata.read_text()).get_all("Requires-Dist")
     needed = {re.split("[<>]", requirement)[0] for requirement in requirements if "extra ==" not in requirement}

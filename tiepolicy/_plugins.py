@@ -70,9 +70,11 @@ class Plugins:
         """
         try:
             self.manager.load_setuptools_entrypoints(hookspecs.PROJECT)
+            self.manager.check_pending()
         except Exception as error:  # a plugin runs its own code when it is imported
             raise PluginError(
-                f"an installed plugin cannot be loaded, {type(error).__name__}: {error}. Update or uninstall it"
+                f"the installed plugin {_broken(error)} cannot be loaded, {type(error).__name__}: {_in_line(error)}. "
+                "Update or uninstall it"
             ) from error
 
     def described(self) -> list[Plugin]:
@@ -125,13 +127,18 @@ class Plugins:
     def checked(self, hook_name: str, answer: object, expected: type[_Value]) -> _Value:
         """The answer, if it is of the type that is expected."""
         if not isinstance(answer, expected):
-            hook = getattr(self.manager.hook, hook_name)
             raise PluginError(
-                f"a plugin answered {hook_name} with {answer!r}, a {type(answer).__name__}; expected a "
-                f"{expected.__name__}. The plugins that answer this hook are "
-                f"{[implementation.plugin_name for implementation in hook.get_hookimpls()]}"
+                f"{self.culprit(hook_name)} answered {hook_name} with {answer!r}, a {type(answer).__name__}; expected "
+                f"a {expected.__name__}"
             )
         return answer
+
+    def culprit(self, hook_name: str) -> str:
+        """Who gave a wrong answer to a hook: a plugin, or one of several."""
+        implementations = getattr(self.manager.hook, hook_name).get_hookimpls()
+        names = [each.plugin_name for each in implementations if each.plugin is not _rules]
+        one = f"the plugin {names[0]}"
+        return one if len(names) == 1 else f"one of the plugins {', '.join(names)} (TIEPOLICY_TRACE=1 shows which)"
 
     def _register(self, plugin: object) -> None:
         """Add a plugin that was handed over; one that would never answer is a mistake of whoever did."""
@@ -142,7 +149,7 @@ class Plugins:
             self.manager.register(plugin, name=name)
             self.manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
-            raise PluginError(f"the plugin {name} cannot be asked: {'; '.join(str(error).splitlines())}") from error
+            raise PluginError(f"the plugin {name} cannot be asked: {_in_line(error)}") from error
         if not self.manager.get_hookcallers(plugin):
             raise PluginError(f"the plugin {name} implements no hook; mark its functions with @tiepolicy.hookimpl")
 
@@ -151,6 +158,24 @@ class Plugins:
         name = getattr(plugin, "__name__", None) or type(plugin).__name__
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         return next(free for free in names if not self.manager.has_plugin(free))
+
+
+def _in_line(error: Exception) -> str:
+    return "; ".join(str(error).splitlines())
+
+
+def _broken(error: Exception) -> str:
+    """The entry point that an error of loading all of them is about."""
+    place = ""
+    for point in metadata.entry_points(group=hookspecs.PROJECT):
+        place = f"{point.name} ({point.value})"
+        try:
+            plugin = point.load()
+        except Exception:  # noqa: BLE001,RUF100 - the error at hand, once more
+            break
+        if isinstance(error, pluggy.PluginValidationError) and plugin is error.plugin:
+            break
+    return place
 
 
 @contextlib.contextmanager

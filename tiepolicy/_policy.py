@@ -1,7 +1,7 @@
 """Step 18, planning: a policy asks its plugins about the facts of a model and turns the verdicts into one plan."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from torch import nn
@@ -175,7 +175,10 @@ class Policy:
             )
         canonical = self._plugins.first("tiepolicy_canonical", str, group=names, claims=claims, facts=facts)
         if canonical not in names:
-            raise PluginError(f"a plugin wants {canonical!r} kept for {list(names)}, which is none of them")
+            raise PluginError(
+                f"{self._plugins.culprit('tiepolicy_canonical')} wants {canonical!r} kept for {list(names)}, which is "
+                "none of them"
+            )
         aliases = tuple(Alias(name=name, reason=Reason.SAME_OBJECT) for name in names if name != canonical)
         return TieGroup(canonical=canonical, aliases=aliases)
 
@@ -186,8 +189,8 @@ class Policy:
             absent = [name for name in (companion.name, *companion.of) if name not in facts]
             if absent or not companion.of:
                 raise PluginError(
-                    f"a plugin answered tiepolicy_companions with {companion}, but "
-                    + (f"{absent[0]} is not in the model" if absent else "it belongs to nothing")
+                    f"{self._plugins.culprit('tiepolicy_companions')} answered tiepolicy_companions with {companion}, "
+                    "but " + (f"{absent[0]} is not in the model" if absent else "it belongs to nothing")
                 )
         return join_companions([*_rules.companions_by_shape(facts), *answered])
 
@@ -224,7 +227,7 @@ class Policy:
         """The first answer to a claim, which may be a plugin's and is held against the evidence."""
         verdict = self._plugins.first("tiepolicy_decide", Verdict, claim=claim, facts=facts)
         if verdict.is_alias:
-            _check_evidence(claim, verdict, facts)
+            _check_evidence(claim, verdict, facts, self._plugins.culprit)
         return verdict
 
     def _groups(self, accepted: list[Claim], facts: Facts) -> list[TieGroup]:
@@ -252,8 +255,9 @@ class Policy:
         canonical = self._plugins.first("tiepolicy_canonical", str, group=owners, claims=claims, facts=facts)
         if canonical not in owners:
             raise UnsafeVerdictError(
-                f"a plugin wants {canonical!r} stored for the tied names {list(names)}, but the others cannot be "
-                f"rebuilt from it; the names that contain all others are {list(owners)}",
+                f"{self._plugins.culprit('tiepolicy_canonical')} wants {canonical!r} stored for the tied names "
+                f"{list(names)}, but the others cannot be rebuilt from it; the names that contain all others are "
+                f"{list(owners)}",
                 names=names,
             )
         return canonical
@@ -265,7 +269,7 @@ def default_policy() -> Policy:
     return Policy.from_entry_points()
 
 
-def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts) -> None:
+def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts, culprit: Callable[[str], str]) -> None:
     a, b = claim.names
     missing = [name for name in claim.names if name not in facts]
     if missing:
@@ -276,8 +280,9 @@ def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts) -> None:
         own = _rules.tiepolicy_decide(claim, facts)
         problem = f"{facts[b]} cannot be rebuilt from {facts[a]}: {own.detail}"
     raise UnsafeVerdictError(
-        f"a plugin calls {b} and {a} one tensor ({verdict.reason}; claimed by {claim.detail or claim.source}), but "
-        f"{problem}. Saving would lose {b}; nothing was written. Remove the plugin's verdict, or tie the two first",
+        f"{culprit('tiepolicy_decide')} calls {b} and {a} one tensor ({verdict.reason}; claimed by "
+        f"{claim.detail or claim.source}), but {problem}. Saving would lose {b}; nothing was written. Remove the plugin's "
+        "verdict, or tie the two first",
         names=claim.names,
     )
 

@@ -2,11 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pluggy
 import pytest
 import torch
 from hypothesis import given
@@ -373,17 +373,32 @@ def test_plugins_are_listed_with_their_hooks_and_origin(capsys):
     assert "hf" in run(capsys, "plugins")[1]
 
 
-def test_a_plugin_that_cannot_be_imported_is_an_error_for_a_person(capsys, monkeypatch):
-    def broken(_manager, _group):
-        raise ImportError("no module named acme")
-
-    monkeypatch.setattr(pluggy.PluginManager, "load_setuptools_entrypoints", broken)
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("raise ImportError('no acme')", "ImportError: no acme"),
+        (
+            "tiepolicy_claim = hookimpl(lambda: [])",
+            "PluginValidationError: unknown hook 'tiepolicy_claim' in plugin .*",
+        ),
+        ("tiepolicy_claims = hookimpl(lambda modle: [])", "PluginValidationError: .*'modle'.*"),
+    ],
+)
+def test_an_installed_plugin_that_can_never_answer_is_named(tmp_path, capsys, monkeypatch, code, problem):
+    (tmp_path / "acme.dist-info").mkdir()
+    (tmp_path / "acme.dist-info" / "METADATA").write_text("Name: acme\nVersion: 1\n")
+    (tmp_path / "acme.dist-info" / "entry_points.txt").write_text("[tiepolicy]\nloom = acme_ties\n")
+    (tmp_path / "acme_ties.py").write_text(f"from tiepolicy import hookimpl\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "acme_ties", raising=False)
     default_policy.cache_clear()
     assert 1 == main(["plugins"])
+    said = capsys.readouterr().err.replace("\n  ", " ")
     expected = (
-        "tiepolicy: an installed plugin cannot be loaded, ImportError: no module named acme. Update or uninstall it\n"
+        rf"tiepolicy: the installed plugin loom \(acme_ties\) cannot be loaded, {problem}\. Update or uninstall it\n"
     )
-    assert expected == capsys.readouterr().err.replace("\n  ", " ")
+    assert re.fullmatch(expected, said)
+    default_policy.cache_clear()
 
 
 @pytest.mark.parametrize("command", [["inspect", "x.safetensors"], ["diff", "x.safetensors", "file.safetensors"]])

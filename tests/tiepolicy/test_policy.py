@@ -48,7 +48,7 @@ def test_the_flag_trusting_rule_is_stopped_with_the_shapes_in_the_message():
     policy = Policy(plugins=[tiepolicy_hf._plugin, FlagTrusting()])
     model = FlaggedPair(flag=True, vocab_size=12, draft_vocab_size=8, hidden_size=4)
     expected = (
-        "a plugin calls lm_head.weight and embed_tokens.weight one tensor (same-storage; claimed by "
+        "the plugin FlagTrusting calls lm_head.weight and embed_tokens.weight one tensor (same-storage; claimed by "
         "config.tie_word_embeddings), but lm_head.weight (8, 4) cannot be rebuilt from embed_tokens.weight (12, 4): "
         "shapes differ. Saving would lose lm_head.weight; nothing was written. Remove the plugin's verdict, or tie the "
         "two first"
@@ -247,8 +247,23 @@ def test_an_answer_that_holds_no_claims_is_refused():
         def tiepolicy_claims(self):
             return 7
 
-    with pytest.raises(PluginError, match="a plugin answered tiepolicy_claims with 7, a int; expected a Claim"):
+    with pytest.raises(
+        PluginError, match="the plugin Numeric answered tiepolicy_claims with 7, a int; expected a Claim"
+    ):
         Policy(plugins=[Numeric()]).plan(TiedPair())
+
+
+def test_of_two_plugins_one_of_which_answered_wrongly_both_are_named():
+    class Wordy:
+        @hookimpl
+        def tiepolicy_canonical(self):
+            return "alias"
+
+    expected = (
+        r"^one of the plugins Wordy, Wordy-2 \(TIEPOLICY_TRACE=1 shows which\) wants 'alias' stored for the tied names"
+    )
+    with pytest.raises(UnsafeVerdictError, match=expected):
+        Policy(plugins=[Wordy(), Wordy()]).plan(TiedPair())
 
 
 @pytest.mark.parametrize(("broken", "name"), [([True, False], "Picky"), ([False, True], "Picky-2")])
