@@ -281,8 +281,8 @@ def _check_evidence(claim: Claim, verdict: Verdict, facts: Facts, culprit: Calla
         problem = f"{facts[b]} cannot be rebuilt from {facts[a]}: {own.detail}"
     raise UnsafeVerdictError(
         f"{culprit('tiepolicy_decide')} calls {b} and {a} one tensor ({verdict.reason}; claimed by "
-        f"{claim.detail or claim.source}), but {problem}. Saving would lose {b}; nothing was written. Remove the plugin's "
-        "verdict, or tie the two first",
+        f"{claim.detail or claim.source}), but {problem}. Saving would lose {b}; nothing was written. Remove the "
+        "plugin's verdict, or tie the two first",
         names=claim.names,
     )
 
