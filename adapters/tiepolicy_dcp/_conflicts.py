@@ -61,7 +61,9 @@ def settle_model(
         whole = tie is None and action.name in {alias.name for alias in plan.whole_aliases(name)}
         first = fill[name].saved if tie is None else tie.source
         conflict = Conflict(canonical=first, alias=action.saved, difference=difference, moment=Moment.LOAD, whole=whole)
-        if _kept(conflict, plan) == action.saved:
+        kept = _kept(conflict, plan)
+        fill[name] = replace(fill[name], note=f"of two values, a plugin keeps that of {kept}")
+        if kept == action.saved:
             fill[name] = replace(fill[name], kind=ActionKind.LOAD, saved=action.saved, view=None)
     return list(fill.values())
 
@@ -106,8 +108,15 @@ def settle_optimizer(
     for action in compared:
         one, other, _ = _parameters(fill[action.name], action, places)
         if preferred.get((one, other)):
-            chosen[action.name] = replace(fill[action.name], saved=action.saved)
+            note = f"of two states, a plugin keeps that of {other}"
+            chosen[action.name] = replace(fill[action.name], saved=action.saved, note=note)
     return list(chosen.values())
+
+
+def performed(decided: Sequence[Action], settled: Sequence[Action]) -> tuple[Action, ...]:
+    """What was `decided`, with the actions that were `settled` for those that fill the same names."""
+    fill = {action.name: action for action in settled}
+    return tuple(action if action.kind is ActionKind.COMPARE else fill[action.name] for action in decided)
 
 
 def _split(actions: Sequence[Action]) -> tuple[dict[str, Action], list[Action]]:

@@ -15,7 +15,7 @@ import tiepolicy
 from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, observe, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
 from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, read_digests
-from tiepolicy_dcp._conflicts import settle_model, settle_optimizer
+from tiepolicy_dcp._conflicts import performed, settle_model, settle_optimizer
 from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
 from tiepolicy_dcp._groups import decode, joined
 from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
@@ -112,7 +112,11 @@ def _restore(folder: Path, model: ModelState, optimizer: OptimizerState | None, 
     model.load_state_dict(live)
     if optimizer is not None:
         optimizer.fill(states, hyperparameters)
-    return Restored(extra=found.extra, actions=tuple(found.actions), optimizer_actions=tuple(found.optimizer_actions))
+    return Restored(
+        extra=found.extra,
+        actions=performed(found.actions, model_actions),
+        optimizer_actions=performed(found.optimizer_actions, optimizer_actions),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,6 +151,23 @@ def test_a_tied_checkpoint_fills_both_tensors_of_an_untied_model(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kept", ["embed_tokens.weight", "lm_head.weight"])
+def test_which_of_two_values_a_plugin_keeps_is_among_the_actions(kept, tmp_path):
+    class Keeps:
+        @hookimpl
+        def tiepolicy_resolve(self):
+            return Resolution.keep(kept)
+
+    stored, model = TiedPair(tied=False), TiedPair()
+    tiepolicy_dcp.save(tmp_path / "c", model=stored)
+    restored = tiepolicy_dcp.load(tmp_path / "c", model=model, plan=Policy(plugins=[Keeps()]).plan(model))
+    assert torch.equal(stored.get_parameter(kept), model.embed_tokens.weight)
+    assert [
+        ("load", kept, "embed_tokens.weight", f"of two values, a plugin keeps that of {kept}"),
+        ("compare", "lm_head.weight", "lm_head.weight", "one tensor with embed_tokens.weight in the model"),
+    ] == [(action.kind, action.saved, action.name, action.note) for action in restored.actions]
+
+
 def test_two_stored_values_for_one_live_tensor_are_a_conflict_and_the_model_is_untouched(tmp_path):
     tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(tied=False))
     model = TiedPair()
