@@ -360,15 +360,9 @@ def _assistant_spans(
 
 
 def _size_of_answer(last: str, text: str, *, content: str) -> int | None:
-    """How many characters of `text`, which begins with an answer, are that answer; None if they cannot be told.
+    """The length of the answer that `text` begins with and that is `last` at a conversation's end; None if unknown.
 
-    Templates of models that think aloud show the thoughts, or that there are none, before the last answer only: an
-    earlier one is then the end of what it is as the last.
-
-    Args:
-        last: The answer as the last message of a conversation, up to its end.
-        text: The rest of the conversation from where the answer begins.
-        content: What the assistant wrote.
+    Some templates show thoughts, or that there are none, before the last answer only: an earlier one is its end.
     """
     if text.startswith(last):
         return len(last)

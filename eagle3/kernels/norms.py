@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle3.kernels import jit, next_power_of_2, tl
+from eagle3.kernels import jit, next_power_of_2, tl, widened
 
 #: Rows are shared out over this many programs where sums over rows are needed: two per multiprocessor of an H200.
 _NUM_PROGRAMS = 264
@@ -86,8 +86,8 @@ def add_rms_norm(
 
 
 def _normed(x_MH: Tensor, eps: float) -> Tensor:
-    precise_MH = x_MH.to(torch.promote_types(torch.float32, x_MH.dtype))
-    return precise_MH * torch.rsqrt(precise_MH.square().mean(dim=-1, keepdim=True) + eps)
+    x_MH = widened(x_MH)
+    return x_MH * torch.rsqrt(x_MH.square().mean(dim=-1, keepdim=True) + eps)
 
 
 @jit

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eagle3.kernels import jit, tl
+from eagle3.kernels import jit, tl, widened
 
 _BLOCK = 4096
 
@@ -26,9 +26,9 @@ class RowStats(NamedTuple):
 def row_stats(logits_MD: Tensor) -> RowStats:
     """Finds the log-sum-exp, the largest logit and its column in each row."""
     if not logits_MD.is_cuda:
-        precise = logits_MD.to(torch.promote_types(torch.float32, logits_MD.dtype))
-        max_M, argmax_M = precise.max(dim=-1)
-        return RowStats(precise.logsumexp(dim=-1), max_M, argmax_M.int())
+        logits_MD = widened(logits_MD)
+        max_M, argmax_M = logits_MD.max(dim=-1)
+        return RowStats(logits_MD.logsumexp(dim=-1), max_M, argmax_M.int())
     num_rows, width = logits_MD.shape
     lse_M = torch.empty(num_rows, dtype=torch.float32, device=logits_MD.device)
     stats = RowStats(lse_M, torch.empty_like(lse_M), torch.empty_like(lse_M, dtype=torch.int32))
@@ -64,10 +64,8 @@ def soft_cross_entropy_(
     """
     grad_CD = logits_CD if grad_CD is None else grad_CD
     if not logits_CD.is_cuda:
-        precise = weight_C.dtype
-        logits = logits_CD.to(precise)
-        rows_C = teacher_C.long()
-        p = (teacher_MD[rows_C].to(precise) - teacher_lse_M[rows_C].to(precise)[:, None]).exp()
+        logits, rows_C = widened(logits_CD), teacher_C.long()
+        p = (widened(teacher_MD[rows_C]) - teacher_lse_M[rows_C, None]).exp()
         log_q = logits.log_softmax(dim=-1)
         argmax_C.copy_(logits.argmax(dim=-1))
         loss_C.copy_(-weight_C * (p * log_q).sum(dim=-1))
