@@ -114,6 +114,22 @@ def test_bfloat16_losses_of_the_acceptance_rate_stay_near_those_of_float64():
             assert 1e-2 * one.norm().item() > (one - other.double()).norm().item()
 
 
+def test_chunks_of_bfloat16_add_up_in_float32():
+    """In bfloat16, a sum would stop growing after 256 equal addends."""
+    head_DH = torch.zeros(2, 1, dtype=torch.bfloat16).requires_grad_()
+    loss, _ = head_loss(
+        states_PH=torch.ones(1024, 1, dtype=torch.bfloat16),
+        head_DH=head_DH,
+        teacher_logits_MD=torch.tensor([[0.0, 3.0]], dtype=torch.bfloat16),
+        teacher_index_P=torch.zeros(1024, dtype=torch.int64),
+        weight_P=torch.ones(1024),
+        chunk_size=1,
+    )
+    loss.backward()
+    expected = 1024 * (0.5 - 1 / (1 + math.exp(3)))
+    assert [expected, -expected] == pytest.approx(head_DH.grad[:, 0].tolist(), rel=1e-2)
+
+
 def test_the_gradient_is_scaled_by_what_comes_from_above():
     tensors = case()
     expected = gradients(head_loss(**tensors)[0], tensors)

@@ -248,6 +248,20 @@ def test_an_alias_that_has_no_bytes_is_named(tmp_path):
     assert any(expected in problem for problem in find_problems(folder))
 
 
+def test_a_tie_that_is_stored_twice_is_named(tmp_path):
+    folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair(tied=False))
+    (folder / "manifest.json").write_text(json.dumps(tiepolicy.plan(TiedPair()).to_manifest()))
+    stored = f"{folder / '.metadata'} stores {HEAD} and {EMBED} apart"
+    assert f"{stored}, which {folder / 'manifest.json'} calls one tensor" in find_problems(folder)
+
+
+def test_rows_of_a_stored_tensor_are_no_damage(tmp_path):
+    model = torch.nn.Module()
+    model.qkv = torch.nn.Parameter(torch.zeros(6, 2))
+    model.k = torch.nn.Parameter(model.qkv.data[2:4])
+    assert [] == find_problems(tiepolicy_dcp.save(tmp_path / "c", model=model))
+
+
 def test_one_range_of_bytes_under_two_names_is_no_damage(tmp_path):
     """A tied tensor may be written once and named twice, for loaders that know nothing of manifests."""
     folder = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair())
