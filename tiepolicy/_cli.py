@@ -16,7 +16,7 @@ from tiepolicy._contents import read_contents
 from tiepolicy._diff import diff, diff_values
 from tiepolicy._inspect import Meter
 from tiepolicy._policy import default_policy
-from tiepolicy._verify import find_problems
+from tiepolicy._verify import find_problems, recorded_bytes
 from tiepolicy.errors import TiePolicyError
 
 OK = 0
@@ -94,7 +94,9 @@ def _diff_command(options: argparse.Namespace) -> int:
 
 
 def _verify_command(options: argparse.Namespace) -> int:
-    with Meter("read") as meter:
+    # How much is read of the models of others is known when their names are held against them.
+    total = None if options.owner else recorded_bytes(options.path)
+    with Meter("read", total=total) as meter:
         problems = find_problems(options.path, owners=dict(options.owner), seen=meter)
     if options.json:
         _print(_inspect.to_json(_inspect.problem_values(options.path, problems)))

@@ -71,6 +71,15 @@ def find_problems(
     return list(dict.fromkeys(problems))
 
 
+def recorded_bytes(path: Path) -> int | None:
+    """How many bytes of a checkpoint `find_problems` reads to check digests; None if there are none."""
+    try:
+        records = read_digests(path) if path.is_dir() else None
+    except TiePolicyError:  # find_problems says it
+        return None
+    return None if records is None else sum(record.num_bytes for record in records.values() if record.digest)
+
+
 def _collect_owned(problems: list[str], folder: Path, owner: str, place: Path, seen: Seen) -> None:
     problems.extend(_owner_problems(folder, owner, read_contents(place), seen))
 

@@ -18,7 +18,7 @@ import tiepolicy_dcp
 from models import FlaggedPair, TiedPair, tiny_llama
 from tiepolicy._contents import DCP, FILE, HF, read_contents
 from tiepolicy._diff import diff
-from tiepolicy._verify import _overlap, find_problems
+from tiepolicy._verify import _overlap, find_problems, recorded_bytes
 from tiepolicy.errors import CheckpointError, TiePolicyError
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -403,3 +403,13 @@ def test_the_model_of_a_dcp_folder_is_compared_with_a_file_of_the_model(tmp_path
     assert [] == diff(read_contents(folder), read_contents(tmp_path / "m.safetensors")).differences
     other = read_contents(tiepolicy_dcp.save(tmp_path / "d", model=model))
     assert {"only in A", "file differs"} == {d.kind for d in diff(read_contents(folder), other).differences}
+
+
+def test_how_much_a_check_reads_is_known_before(tmp_path):
+    folder, read = tiepolicy_dcp.save(tmp_path / "c", model=TiedPair()), []
+    assert [] == find_problems(folder, seen=read.append)
+    assert 0 < sum(read) == recorded_bytes(folder)
+    assert 0 == recorded_bytes(tiepolicy_dcp.save(tmp_path / "sizes", model=TiedPair(), digests=False))
+    assert recorded_bytes(folder / "__0_0.distcp") is None
+    (folder / "digests.json").write_text("{")
+    assert recorded_bytes(folder) is None
