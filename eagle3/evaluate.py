@@ -22,6 +22,7 @@ from eagle3.loss import StepCounts, ratios
 from eagle3.speculate import Greedy, Limits, Rule, Sampled, Written, random_choice, write_with_draft
 from eagle3.target import FrozenTarget
 from eagle3.terminal import show, watched
+from eagle3.tokens import encode_prompt
 from eagle3.unroll import TrainingTimeTest
 
 #: What the last evaluation of a run found, in its folder.
@@ -109,7 +110,8 @@ def evaluate(trained: TrainedDraft, config: EvaluateConfig) -> Evaluation:
         Acceptance, tokens per pass and times of each.
 
     Raises:
-        DataError: The conversations cannot be read, or none of them begins with a question.
+        DataError: The conversations cannot be read, none of them begins with a question, or the target's chat template
+            is missing or refuses one.
         TargetError: As for `write_with_draft`.
     """
     target, draft = trained.target, trained.draft
@@ -261,17 +263,14 @@ def _decoding(timed: _Timed, alone: _Timed, num_drafted: int) -> Decoding:
 def _prompts(path: str, target: FrozenTarget, *, limit: int) -> Iterator[list[int]]:
     """What stands before the first answer of each conversation, as the target reads it."""
     num_found = 0
-    tokenizer: Any = target.tokenizer
     for conversation in load_conversations(path):
         roles = [message.role for message in conversation.messages]
         if num_found == limit or "assistant" not in roles[1:]:
             continue
-        before = conversation.messages[: roles.index("assistant", 1)]
-        messages = [{"role": message.role, "content": message.content} for message in before]
         num_found += 1
-        yield tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        yield encode_prompt(conversation, target.tokenizer, num_messages=roles.index("assistant", 1))
     if not num_found:
-        raise DataError(f"No conversation in {path} has an answer behind a question. Give --data with prompts.")
+        raise DataError(f"No conversation in {path} has an answer behind a question. Give answered ones as --data.")
 
 
 @torch.no_grad()

@@ -280,6 +280,18 @@ def encode(
     )
 
 
+def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, num_messages: int) -> list[int]:
+    """The first messages of a conversation and the beginning of an answer to them, as the target reads it.
+
+    Raises:
+        DataError: There is no chat template, or it refuses the messages.
+    """
+    _chat_template(tokenizer)
+    options = {"num_messages": num_messages, "add_generation_prompt": True, "return_dict": False}
+    ids: list[int] = _render(conversation, tokenizer, **options)
+    return ids
+
+
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.is_fast:
         raise DataError(

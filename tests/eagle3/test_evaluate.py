@@ -124,6 +124,20 @@ def test_conversations_without_an_answer_are_refused(world, tmp_path):
         evaluate(open_run(world / "run", checkpoint="LATEST"), settings(world, data=str(path)))
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "The target's tokenizer has no chat template of its own"),
+        ("{{ raise_exception('no system') }}", r"conversations\.jsonl:1: the chat template refuses .*no system"),
+    ],
+)
+def test_a_target_that_cannot_read_the_questions_is_refused(world, template, words):
+    trained = open_run(world / "run", checkpoint="LATEST")
+    trained.target.tokenizer.chat_template = template
+    with pytest.raises(DataError, match=words):
+        evaluate(trained, settings(world))
+
+
 def test_a_seed_decides_the_sampled_answers(world):
     def lengths(seed):
         trained = open_run(world / "run", checkpoint="LATEST")
