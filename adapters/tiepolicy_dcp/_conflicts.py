@@ -98,18 +98,20 @@ def settle_optimizer(
         )
         for action in compared
     }
-    preferred: dict[tuple[str, str], bool] = {}
+    preferred: dict[tuple[str, str], str] = {}
     for action, difference in _differences(stored, pairs).items():
         one, other, key = _parameters(fill[action.name], action, places)
         if (one, other) not in preferred:
             conflict = Conflict(canonical=one, alias=other, difference=f"{key} {difference}", moment=Moment.OPTIMIZER)
-            preferred[one, other] = _kept(conflict, plan) == other
+            preferred[one, other] = _kept(conflict, plan)
     chosen = dict(fill)
     for action in compared:
         one, other, _ = _parameters(fill[action.name], action, places)
-        if preferred.get((one, other)):
-            note = f"of two states, a plugin keeps that of {other}"
-            chosen[action.name] = replace(fill[action.name], saved=action.saved, note=note)
+        kept = preferred.get((one, other))
+        if kept is not None:
+            saved = action.saved if kept == other else fill[action.name].saved
+            note = f"of two states, a plugin keeps that of {kept}"
+            chosen[action.name] = replace(fill[action.name], saved=saved, note=note)
     return list(chosen.values())
 
 

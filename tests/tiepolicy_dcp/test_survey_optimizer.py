@@ -158,7 +158,9 @@ def test_a_plugin_chooses_which_of_two_states_a_tied_parameter_gets(tmp_path, ma
     tied = TiedPair()
     optimizer = make(tied)
     plan = Policy(plugins=[Chooses()]).plan(tied)
-    tiepolicy_dcp.load(tmp_path / "c", model=tied, optimizer=optimizer, plan=plan)
+    restored = tiepolicy_dcp.load(tmp_path / "c", model=tied, optimizer=optimizer, plan=plan)
+    filled = {action.note for action in restored.optimizer_actions if action.kind is ActionKind.LOAD and action.note}
+    assert {f"of two states, a plugin keeps that of {kept}"} == filled
     expected = states(saved, dict(untied.named_parameters())[kept])
     assert_same_state(expected, states(optimizer, tied.embed_tokens.weight))
     assert [Moment.OPTIMIZER] == moments
