@@ -58,25 +58,18 @@ def format_bytes(count: int) -> str:
 
 def _rows(group: TieGroup, tensors: Mapping[str, TensorSpec]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for position, alias in enumerate(group.aliases):
+    for alias in group.aliases:
         spec = tensors[alias.name]
+        stored = "" if rows else group.canonical
         rows.append(
-            (
-                group.canonical if position == 0 else "",
-                alias.name,
-                str(spec.shape),
-                spec.dtype_name,
-                format_bytes(spec.nbytes),
-                alias.reason.value,
-            )
+            (stored, alias.name, str(spec.shape), spec.dtype_name, format_bytes(spec.nbytes), alias.reason.value)
         )
     return rows
 
 
 def _external_row(tie: ExternalTie, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
     spec = tensors[tie.name]
-    dtype = spec.dtype_name
-    return tie.source, tie.name, str(spec.shape), dtype, tie.digest[:12] if tie.digest else "none, so stored"
+    return tie.source, tie.name, str(spec.shape), spec.dtype_name, tie.digest[:12] if tie.digest else "none, so stored"
 
 
 def columns(rows: Sequence[tuple[str, ...]], *, width: int | None = None) -> str:

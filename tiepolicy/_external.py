@@ -64,14 +64,14 @@ def find_external(names: tuple[str, ...], facts: Facts, external: Owners, *, dig
 
 
 def observe_owners(external: Owners) -> dict[str, Facts]:
-    """The facts of each of some other models; with these, `take` looks at none of them again.
+    """The facts of some other models; with these, `take` looks at none of them again.
 
     Raises:
-        ObservationError: If `external` is no mapping of names to models.
+        ObservationError: If it is no mapping of names to models.
     """
     if not isinstance(external, Mapping) or not all(isinstance(name, str) for name in external):
         raise ObservationError(
-            f"external is a {type(external).__name__} of no named models; hand over each by the name to know it under: "
+            f"external is a {type(external).__name__} of no named models; hand over each by its name: "
             'external={"target": model}'
         )
     return {owner: observe(model) for owner, model in external.items()}

@@ -44,15 +44,15 @@ class Trial:
         manager.check_pending()
         return manager.hook
 
-    def own_claims(self, facts: Facts) -> list[Claim]:
-        """What the plugin claims."""
-        answers = self.hooks().tiepolicy_claims(model=self.model, facts=facts)
-        return [claim for answer in answers for claim in answer]
-
     def all_pairs(self, facts: Facts) -> list[Claim]:
         """The claims of two names that the plugin may be asked to decide."""
-        everything = [*self.own_claims(facts), *self.claims, *storage_claims(facts)]
-        return [pair for claim in everything for pair in claim.pairs()]
+        answers = self.hooks().tiepolicy_claims(model=self.model, facts=facts)
+        return [
+            pair
+            for claims in [*answers, self.claims, storage_claims(facts)]
+            for claim in claims
+            for pair in claim.pairs()
+        ]
 
     def plan(self) -> TiePlan:
         """The plan of a policy with the plugin and with the claims of others."""
@@ -122,11 +122,10 @@ def _ignores_order(trial: Trial) -> str | None:
 
 
 def _keeps_absent_names_out(trial: Trial) -> str | None:
-    facts, hooks = observe(trial.source), trial.hooks()
-    for pair in trial.all_pairs(facts):
+    facts = observe(trial.source)
+    for pair, _ in _aliases(trial, facts):
         absent = [name for name in pair.names if name not in facts]
-        verdict = hooks.tiepolicy_decide(claim=pair, facts=facts)
-        if absent and verdict is not None and verdict.is_alias:
+        if absent:
             return (
                 f"tiepolicy_decide calls {pair.names[1]} and {pair.names[0]} one tensor, and {absent[0]} is not there"
             )
@@ -135,7 +134,7 @@ def _keeps_absent_names_out(trial: Trial) -> str | None:
 
 def _keeps_unequal_shapes_apart(trial: Trial) -> str | None:
     facts = observe(trial.source)
-    for pair, verdict in _aliases(trial, facts):
+    for pair, verdict in _aliases(trial, facts, present=True):
         a, b = (facts[name] for name in pair.names)
         if a.shape != b.shape and (a.storage is None or a.storage != b.storage):
             return f"tiepolicy_decide calls {b} and {a} one tensor ({verdict.reason}), and their shapes differ"
@@ -144,7 +143,7 @@ def _keeps_unequal_shapes_apart(trial: Trial) -> str | None:
 
 def _has_evidence(trial: Trial) -> str | None:
     facts = observe(trial.source)
-    for pair, verdict in _aliases(trial, facts):
+    for pair, verdict in _aliases(trial, facts, present=True):
         a, b = (facts[name] for name in pair.names)
         if not (relate(a, b).proves_alias or relate(b, a).proves_alias):
             return f"tiepolicy_decide calls {b} and {a} one tensor ({verdict.reason}), and neither can be rebuilt"
@@ -185,11 +184,11 @@ def tensors_of(source: TensorSource) -> dict[str, torch.Tensor]:
     return dict(source.state_dict(keep_vars=True)) if isinstance(source, nn.Module) else dict(source)
 
 
-def _aliases(trial: Trial, facts: Facts) -> Iterator[tuple[Claim, Verdict]]:
-    """What the plugin calls one tensor, of names that are there."""
+def _aliases(trial: Trial, facts: Facts, *, present: bool = False) -> Iterator[tuple[Claim, Verdict]]:
+    """What the plugin calls one tensor; if asked for, of names that are there only."""
     hooks = trial.hooks()
     for pair in trial.all_pairs(facts):
-        if all(name in facts for name in pair.names):
+        if not present or facts.keys() >= set(pair.names):
             verdict = hooks.tiepolicy_decide(claim=pair, facts=facts)
             if verdict is not None and verdict.is_alias:
                 yield pair, verdict

@@ -283,7 +283,7 @@ def test_a_checkpoint_made_with_another_target_is_refused():
 def test_other_models_have_names(external):
     _, draft, plan = bound()
     for ask in (functools.partial(tiepolicy.plan, draft), functools.partial(plan.expand, {})):
-        with pytest.raises(ObservationError, match="external is a .* of no named models; hand over each by the name"):
+        with pytest.raises(ObservationError, match="external is a .* of no named models; hand over each by its name"):
             ask(external=external)
 
 
