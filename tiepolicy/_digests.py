@@ -22,7 +22,8 @@ _ALGORITHM = "xxh3_128"
 #: What stands for it in a checkpoint that was saved without digests.
 _SIZES_ONLY = "none"
 _NUM_DIGITS = 32
-_CHUNK_BYTES = 1 << 22
+#: Hashed while they are in the processor's cache.
+_CHUNK_BYTES = 1 << 20
 #: Threads that read ahead of the hash, which is faster than one of them.
 _NUM_AHEAD = 3
 
@@ -182,7 +183,7 @@ def _is_record(record: Any, length: int) -> bool:
     return isinstance(record, list) and [int, str] == [type(part) for part in record] and len(record[1]) == length
 
 
-def _digest(chunks: Iterable[bytes], seen: Seen = _ignore) -> str:
+def _digest(chunks: Iterable[bytes | memoryview], seen: Seen = _ignore) -> str:
     state = new_digest()
     for chunk in chunks:
         state.update(chunk)
@@ -196,13 +197,20 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _chunks_ahead(path: Path) -> Iterator[bytes]:
-    """The same, read by threads while the last one is hashed: for who waits for it."""
-    ahead: deque[Future[bytes]] = deque()
+def _chunks_ahead(path: Path) -> Iterator[memoryview]:
+    """The same, each valid until the next; threads read on while one is hashed, as somebody waits for it."""
+    ahead: deque[Future[memoryview]] = deque()
     with open_file(path) as file, ThreadPoolExecutor(_NUM_AHEAD) as readers:
-        for start in range(0, os.fstat(file.fileno()).st_size, _CHUNK_BYTES):
-            ahead.append(readers.submit(os.pread, file.fileno(), _CHUNK_BYTES, start))
-            if len(ahead) > _NUM_AHEAD:
+        size = os.fstat(file.fileno()).st_size
+        rooms = [memoryview(bytearray(min(size, _CHUNK_BYTES))) for _ in range(_NUM_AHEAD + 1)]
+
+        def read(start: int) -> memoryview:
+            room = rooms[start // _CHUNK_BYTES % len(rooms)]
+            return room[: os.preadv(file.fileno(), [room], start)]
+
+        for start in range(0, size, _CHUNK_BYTES):
+            if len(ahead) == len(rooms):
                 yield ahead.popleft().result()
+            ahead.append(readers.submit(read, start))
         while ahead:
             yield ahead.popleft().result()
