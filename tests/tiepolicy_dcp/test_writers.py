@@ -29,11 +29,13 @@ def writer(tmp_path):
     """Another process that has saved under the root and lives on."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, env=environment)
-    assert b"saved\n" == process.stdout.readline()
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    try:
+        assert b"saved\n" == process.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path, writer):
