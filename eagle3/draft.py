@@ -277,7 +277,9 @@ class Draft(nn.Module):
         return self._rope.rotate(self._heads(self.midlayer.self_attn.q_proj(inputs)), positions, length=length)
 
     def keys_values(self, inputs: Tensor, positions: Tensor, *, length: int) -> tuple[Tensor, Tensor]:
-        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows) to rotated keys and values, as `queries`.
+        """Projects step `inputs` (..., rows, 2H) at `positions` (..., rows) to rotated keys and values.
+
+        `length` is that of `queries`.
 
         Returns:
             Both (..., rows, K, d).

@@ -184,7 +184,7 @@ def index_file(folder: Path) -> str | None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, as an index says.
+    """The file of each tensor, as the index at `path` says.
 
     Raises:
         CheckpointError: If the index is damaged.
