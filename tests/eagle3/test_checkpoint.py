@@ -75,6 +75,18 @@ def bits_of(state):
     return {name: tensor.reshape(-1).view(torch.uint8).tolist() for name, tensor in tensors.items()}
 
 
+def test_a_target_with_another_head_is_noticed_though_its_embedding_is_the_same(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path, ALONE, CheckpointConfig())
+    state = state_of(new_draft(vocab_size=24, draft_vocab_size=8, width=8, tied=False, flag=False), step=2)
+    take_steps(state, num_steps=2)
+    checkpoints.save(state, None)
+    other = dataclasses.replace(state, target_digest="another head")
+    with pytest.raises(
+        CheckpointError, match="holds a draft of another target than t: the embedding or the head differs"
+    ):
+        checkpoints.restore_("LATEST", other)
+
+
 @st.composite
 def shapes(draw):
     """Target vocabulary, draft vocabulary up to all of it, width, whether the target is tied, and the flag."""
