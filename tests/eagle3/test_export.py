@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 import eagle3.export
 from eagle3.cli import main
 from eagle3.config import CheckpointConfig, DraftConfig, TrainConfig
 from eagle3.errors import ConfigError, ExportError, TargetError
-from eagle3.export import export, speculators_config
+from eagle3.export import export, plain_config, speculators_config
 from eagle3.finished import open_run
 from eagle3.reread import ExportedDraft
 from eagle3.unroll import TrainingTimeTest, plan_rows
@@ -139,6 +140,17 @@ def test_a_plain_config_says_what_both_engines_read(world, tmp_path):
     assert expected == {key: config.get(key) for key in expected}
 
 
+def test_a_stretched_rope_is_what_older_and_newer_readers_find(world):
+    """By two fields or by one, as transformers reads both."""
+    trained = open_run(world / "shrunk", checkpoint="LATEST")
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500000.0}
+    trained.draft.config.rope_parameters = rope
+    config = plain_config(trained)
+    older = LlamaConfig(rope_theta=config["rope_theta"], rope_scaling=config["rope_scaling"])
+    assert rope == config["rope_parameters"]
+    assert rope.items() <= older.rope_parameters.items()
+
+
 def test_a_draft_that_sglang_would_misread_is_exported_with_a_word_on_it(world, tmp_path, capsys, monkeypatch):
     """Its layer (SGLang 0.5.23, `srt/models/llama_eagle3.py`) takes the residual before the norm, whatever is said."""
     monkeypatch.setenv("COLUMNS", "1000")
@@ -172,6 +184,7 @@ def test_a_speculators_config_says_what_the_library_reads(world, tmp_path):
         own["default_proposal_method"],
         own["proposal_methods"][0]["speculative_tokens"],
     )
+    assert 0.0 == own["proposal_methods"][0]["accept_tolerance"]
     assert {"name_or_path": str(world / "target"), "architectures": ["LlamaForCausalLM"]} == own["verifier"]
 
 
