@@ -33,6 +33,8 @@ class Rope:
         rope: Any = config.rope_parameters
         self.depends_on_length = rope["rope_type"] in ("dynamic", "longrope")
         self._config = config
+        # Not by transformers' class, whose frequencies also depend on the texts before.
+        self._recompute: Any = ROPE_INIT_FUNCTIONS[rope["rope_type"]] if self.depends_on_length else None
         self._scaling = float(embedding.attention_scaling)
         self._inv_freq: Tensor = embedding.inv_freq.detach().clone()
         assert 2 * len(self._inv_freq) == config.head_dim
@@ -71,9 +73,7 @@ class Rope:
     def _frequencies(self, length: int, device: torch.device) -> Tensor:
         """The frequencies (d / 2,) float32 for a text of this length."""
         if self.depends_on_length:
-            # Not by transformers' class, whose frequencies also depend on the texts before.
-            compute: Any = ROPE_INIT_FUNCTIONS[self._config.rope_parameters["rope_type"]]
-            self._inv_freq, _ = compute(self._config, device, seq_len=length)
+            self._inv_freq, _ = self._recompute(self._config, device, seq_len=length)
         self._inv_freq = self._inv_freq.to(device)
         return self._inv_freq
 
