@@ -228,7 +228,11 @@ def test_values_of_two_files_are_counted_as_they_are_compared(tmp_path, monkeypa
 )
 def test_who_interrupts_a_command_reads_one_line(program, command, step, monkeypatch, capsys):
     monkeypatch.setattr(step, lambda *_: signal.raise_signal(signal.SIGINT))
-    assert (130, ("", f"{program}: interrupted\n")) == (main_of(program)(command), capsys.readouterr())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
+    try:
+        assert (130, ("", f"{program}: interrupted\n")) == (main_of(program)(command), capsys.readouterr())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,11 @@ def test_a_target_that_cannot_take_tokens_back_is_refused():
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
     target = FrozenTarget(FalconH1ForCausalLM(config), tokenizer=tokenizer)
