@@ -84,12 +84,7 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
         PluginError: If a plugin answers about a missing tensor what cannot be done.
         ObservationError: If `plan` or `saved` is something else.
     """
-    specs = saved.values() if isinstance(saved, Mapping) else () if isinstance(saved, TiePlan) else (None,)
-    if not isinstance(plan, TiePlan) or not all(hasattr(spec, "dtype") for spec in specs):
-        raise ObservationError(
-            f"reconcile takes a plan, and a plan (TiePlan.from_manifest) or a TensorSpec for each name, not a "
-            f"{type(plan).__name__} and a {type(saved).__name__} of something else"
-        )
+    _check_known(plan, saved)
     stored = saved.stored() if isinstance(saved, TiePlan) else saved
     theirs = {tie.name: tie for tie in saved.external if tie.digest} if isinstance(saved, TiePlan) else {}
     mine = {tie.name: tie for tie in plan.external}
@@ -117,6 +112,16 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
         if action.kind not in (ActionKind.EXTERNAL, ActionKind.LEAVE):
             _check_fits(action, plan, stored)
     return sorted(actions, key=lambda action: (action.name, action.kind is ActionKind.COMPARE))
+
+
+def _check_known(plan: object, saved: object) -> None:
+    specs = saved.values() if isinstance(saved, Mapping) else ()
+    is_known = isinstance(saved, TiePlan | Mapping) and all(hasattr(spec, "dtype") for spec in specs)
+    if not isinstance(plan, TiePlan) or not is_known:
+        raise ObservationError(
+            f"reconcile takes a plan, and a plan (TiePlan.from_manifest) or a TensorSpec for each name, not a "
+            f"{type(plan).__name__} and a {type(saved).__name__} of something else"
+        )
 
 
 def _from_owner(name: str, mine: ExternalTie | None, theirs: ExternalTie | None) -> Action:
