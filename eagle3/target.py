@@ -262,7 +262,7 @@ def _copy_input_to(slot: torch.Tensor) -> Callable[..., None]:
     return hook
 
 
-def _find_layers(decoder: Any, *, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
+def _find_layers(decoder: nn.Module, *, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
     """The decoder, without a head if it has one, and its layers."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules():
@@ -276,7 +276,7 @@ def _find_layers(decoder: Any, *, num_layers: int) -> tuple[nn.Module, nn.Module
             "but exactly one, the decoder layers, is needed to capture hidden states. Choose a target with one."
         )
     name, layers = next(iter(found.items()))
-    if decoder.get_output_embeddings() is not None:
+    if isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
         # What transformers takes for the decoder of a Llama 4 is a whole language model.
         decoder = decoder.get_submodule(name.rpartition(".")[0])
     return decoder, layers
