@@ -1,7 +1,10 @@
 """Step 5, evidence: what the facts of two tensors prove about each other, the ground of every decision."""
 
-from collections.abc import Hashable
+import dataclasses
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
+
+import torch
 
 from tiepolicy._claims import Reason
 from tiepolicy._facts import TensorFact, extent
@@ -48,7 +51,7 @@ def layout(fact: TensorFact) -> Hashable:
     """
     if fact.inner and all(part.inner or part.region.space is not None for part in fact.inner):
         within = tuple(layout(part) for part in fact.inner)
-        return within, fact.shape, fact.stride, fact.dtype, fact.placement, _described(fact.context)
+        return within, fact.shape, fact.stride, fact.dtype, fact.placement, described(fact.context)
     region = fact.region
     if region.space is None:
         return fact.object_id
@@ -83,8 +86,16 @@ def view_within(owner: TensorFact, part: TensorFact) -> View | None:
     return View(shape=part.local_shape, stride=part.stride, offset=offset)
 
 
-def _described(context: object) -> Hashable:
-    """The context of a tensor subclass, if it can be compared safely; its own identity otherwise."""
+def described(context: object) -> Hashable:
+    """What a tensor subclass says about itself, so that comparing it reads no tensor; else its own identity."""
+    if isinstance(context, torch.Tensor):
+        return id(context)
+    if dataclasses.is_dataclass(context) and not isinstance(context, type):
+        return type(context), tuple(described(getattr(context, field.name)) for field in dataclasses.fields(context))
+    if isinstance(context, Mapping):
+        return frozenset((key, described(value)) for key, value in context.items())
+    if isinstance(context, list | tuple):
+        return type(context), tuple(map(described, context))
     try:
         hash(context)
     except TypeError:

@@ -3,6 +3,8 @@
 This is the only reader of torch storages and of DTensors. It reads addresses, never elements.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -21,6 +23,11 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
             local: torch.Tensor = tensor.to_local()
         return local
     return tensor
+
+
+def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no tensor is of a class of its own."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def placement(tensor: torch.Tensor) -> str:
@@ -109,7 +116,7 @@ def _sharing_without_address(tensors: list[tuple[int, torch.Tensor]]) -> list[li
 
 def _regions(tensors: list[torch.Tensor]) -> tuple[list[int], list[int]]:
     """Address and length in bytes of every tensor; address 0 for one without memory on a real device."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if are_plain(tensors):
         try:
             starts = [tensor.data_ptr() for tensor in tensors]
             lengths = [tensor.nbytes if tensor.is_contiguous() else _length(tensor) for tensor in tensors]
@@ -144,6 +151,14 @@ def is_real(local: torch.Tensor) -> bool:
     return type(local) in _PLAIN or getattr(type(local), "__torch_dispatch__", None) is _NO_DISPATCH
 
 
+def has_elements(local: torch.Tensor) -> bool:
+    """Whether the elements can be read: `torch.func` wraps tensors that have none, and FSDP1 frees memory."""
+    try:
+        return local.numel() == 0 or local.is_meta or local.data_ptr() != 0
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
 def _is_what_its_storage_says(local: torch.Tensor) -> bool:
     """Whether dtype, shape, stride and storage are all there is to know about the elements."""
     return (
@@ -157,7 +172,7 @@ def _is_what_its_storage_says(local: torch.Tensor) -> bool:
 def _are_what_their_storage_says(tensors: list[torch.Tensor]) -> bool:
     """Whether that holds for all of some tensors of one dtype, none of a class of its own."""
     return (
-        _PLAIN.issuperset(map(type, tensors))
+        are_plain(tensors)
         and {tensor.layout for tensor in tensors} == {torch.strided}
         and all(map(torch.Tensor.numel, tensors))
         and not (tensors[0].is_quantized or any(map(torch.Tensor.is_conj, tensors)))

@@ -1,5 +1,6 @@
 """Step 3, seeing: a module or a mapping of tensors becomes facts, under names without the prefixes of wrappers."""
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
@@ -45,16 +46,11 @@ class Facts(Mapping[str, TensorFact]):
         fact = self._known.get(name)
         if fact is None:
             tensor = self._tensors[name]
-            kind = self._kind(name)
+            kind = "buffer" if name in self._buffers else self._usual_kind
             same = self._known_by_object.get(id(tensor))
             fact = _fact(name, kind, tensor) if same is None else replace(same, name=name, kind=kind)
             self._known[name] = self._known_by_object[id(tensor)] = fact
         return fact
-
-    def _kind(self, name: str) -> Kind:
-        if name in self._buffers:
-            return "buffer"
-        return self._usual_kind
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -86,15 +82,34 @@ class Facts(Mapping[str, TensorFact]):
         return sorted(self._names_by_object.get(id(tensor), ()))
 
     def specs(self) -> Specs:
-        """The global shape and dtype of every name, as they are now."""
+        """The global shape and dtype of every name, as they are now.
+
+        Raises:
+            ObservationError: If a tensor has no shape in whole numbers.
+        """
         tensors = self._tensors.values()
-        return Specs(list(self._tensors), [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors])
+        with self._naming_the_culprit():
+            shapes: list[tuple[int, ...]] = [tensor.shape for tensor in tensors]
+            if not _memory.are_plain(tensors):
+                shapes = list(map(_shape, self._tensors, tensors))
+            return Specs(list(self._tensors), shapes, [tensor.dtype for tensor in tensors])
 
     def sharing(self) -> list[tuple[str, ...]]:
         """The sets of two or more names that are one object or whose memory meets, sorted."""
         names = list(self._tensors)
-        found = _memory.sharing(list(self._tensors.values()))
+        with self._naming_the_culprit():
+            found = _memory.sharing(list(self._tensors.values()))
         return sorted(tuple(sorted(names[position] for position in positions)) for positions in found)
+
+    @contextlib.contextmanager
+    def _naming_the_culprit(self) -> Iterator[None]:
+        """Where tensors asked together raise, ask each: the error then names the tensor."""
+        try:
+            yield
+        except Exception:
+            for name in self:
+                self[name]
+            raise
 
 
 def observe(source: "TensorSource | Facts") -> Facts:
@@ -185,6 +200,32 @@ def buffers_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _fact(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
+    try:
+        return _seen(name, kind, tensor)
+    except ObservationError:
+        raise
+    except Exception as error:  # a tensor subclass answers with code of its own
+        raise ObservationError(
+            f"{name} is a {type(tensor).__name__} that does not say what it holds: {type(error).__name__}: {error}; "
+            "plan the tensors that it is made of",
+            names=[name],
+        ) from error
+
+
+def _shape(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    is_nested = tensor.is_nested
+    shape = () if is_nested else tuple(tensor.shape)
+    if is_nested or any(type(size) is not int for size in shape):
+        problem = "is nested, so it has no shape" if is_nested else f"has the symbolic shape {shape}"
+        advice = "plan its values and offsets, or pad it" if is_nested else "plan the model where it is not traced"
+        raise ObservationError(
+            f"{name} {problem}, and a plan needs every size as a whole number; {advice}", names=[name]
+        )
+    return shape
+
+
+def _seen(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
+    shape = _shape(name, tensor)
     local = _memory.local_tensor(tensor)
     inner, context = _memory.inner_tensors(local)
     strided = local.layout is torch.strided
@@ -192,7 +233,7 @@ def _fact(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
     return TensorFact(
         name=name,
         kind=kind,
-        shape=tuple(tensor.shape),
+        shape=shape,
         dtype=tensor.dtype,
         device=tensor.device,
         local_shape=tuple(local.shape),
@@ -202,7 +243,7 @@ def _fact(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
         address=address,
         object_id=id(tensor),
         placement=_memory.placement(tensor),
-        inner=tuple(_fact(name, kind, part) for part in inner),
+        inner=tuple(_seen(name, kind, part) for part in inner),
         context=context,
     )
 

@@ -96,13 +96,14 @@ class Policy:
             UnsafeVerdictError: If a plugin calls names one tensor that are not.
         """
         facts = observe(source)
+        specs = facts.specs()  # before all else: it refuses what has no shape
         model = source if isinstance(source, nn.Module) else None
         claims = self._plugins.each("tiepolicy_claims", Claim, model=model, facts=facts)
         settled, unsettled = self._settle(claims, facts)
         accepted, refused = self._judge(pairs_of([*claims, *_rules.claims_of(unsettled, facts)]), facts)
         groups = tuple(sorted([*settled, *self._groups(accepted, facts)], key=attrgetter("canonical")))
         plan = TiePlan(
-            tensors=facts.specs(),
+            tensors=specs,
             groups=groups,
             refused=without_accepted(refused, groups),
             companions=self._companions(model, facts),

@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch.distributed.tensor import DTensor
 
-from tiepolicy._evidence import View
-from tiepolicy._memory import inner_tensors, is_real, local_tensor
+from tiepolicy._evidence import View, described
+from tiepolicy._memory import has_elements, inner_tensors, is_real, local_tensor
 from tiepolicy.errors import TiePolicyError
 
 #: Words of eight bytes that `fingerprint` reads at a time, and the factor between one such piece and the next.
@@ -30,7 +30,7 @@ def first_difference(expected: torch.Tensor, actual: torch.Tensor) -> str | None
         return f"{tuple(expected.shape)} {expected.dtype} and {tuple(actual.shape)} {actual.dtype}"
     if isinstance(expected, DTensor) != isinstance(actual, DTensor):
         return "one is sharded and the other is not"
-    return _first_difference_here(local_tensor(expected).detach(), local_tensor(actual).detach())
+    return _first_difference_here(local_tensor(expected), local_tensor(actual))
 
 
 def _first_difference_here(expected: torch.Tensor, actual: torch.Tensor) -> str | None:
@@ -39,7 +39,7 @@ def _first_difference_here(expected: torch.Tensor, actual: torch.Tensor) -> str 
         return "they are sharded differently"
     (a_parts, a_context), (b_parts, b_context) = inner_tensors(expected), inner_tensors(actual)
     if a_parts or b_parts:
-        if type(expected) is not type(actual) or len(a_parts) != len(b_parts) or a_context != b_context:
+        if len(a_parts) != len(b_parts) or described(a_context) != described(b_context):
             return f"one is a {type(expected).__name__}, the other a {type(actual).__name__} of another kind"
         differences = (_first_difference_here(a, b) for a, b in zip(a_parts, b_parts, strict=True))
         return next((difference for difference in differences if difference is not None), None)
@@ -60,7 +60,7 @@ def _first_difference_here(expected: torch.Tensor, actual: torch.Tensor) -> str 
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and is_real(tensor)
+    return tensor.layout is torch.strided and not tensor.is_quantized and is_real(tensor) and has_elements(tensor)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
