@@ -9,6 +9,7 @@ from tiepolicy._conflict import Missing, Way, settle_missing
 from tiepolicy._evidence import View
 from tiepolicy._external import ExternalTie
 from tiepolicy._facts import TensorSpec
+from tiepolicy._groups import RefusedClaim
 from tiepolicy._plan import TiePlan
 from tiepolicy.errors import (
     DtypeMismatchError,
@@ -88,6 +89,7 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
     stored = saved.stored() if isinstance(saved, TiePlan) else saved
     theirs = {tie.name: tie for tie in saved.external if tie.digest} if isinstance(saved, TiePlan) else {}
     mine = {tie.name: tie for tie in plan.external}
+    refused = _refused_by_name([*plan.refused, *(saved.refused if isinstance(saved, TiePlan) else ())])
     actions: list[Action] = []
     for name in (name for name in plan.tensors if plan.canonical(name) == name):
         members = [name, *(alias.name for alias in plan.whole_aliases(name))]
@@ -99,7 +101,8 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
         elif present:
             actions.append(Action(kind=ActionKind.LOAD, saved=present[0], name=name))
         else:
-            actions.append(_derive(name, members, plan, saved) or _resolve(name, plan, saved, stored))
+            refusals = refused.get(name, [])
+            actions.append(_derive(name, members, refusals, saved) or _resolve(name, refusals, plan, stored))
         others = present[1:] + [alias.name for alias in plan.part_aliases(name) if alias.name in stored]
         _check_filled(actions[-1], others)
         actions += [
@@ -107,11 +110,19 @@ def reconcile(plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> list[
             for other in others
         ]
     if isinstance(saved, TiePlan):
-        _check_companions(plan, saved)
+        _check_companions(plan, saved, stored)
     for action in actions:
         if action.kind not in (ActionKind.EXTERNAL, ActionKind.LEAVE):
             _check_fits(action, plan, stored)
     return sorted(actions, key=lambda action: (action.name, action.kind is ActionKind.COMPARE))
+
+
+def _refused_by_name(refused: list[RefusedClaim]) -> dict[str, list[RefusedClaim]]:
+    found: dict[str, list[RefusedClaim]] = {}
+    for refusal in refused:
+        for name in refusal.claim.names:
+            found.setdefault(name, []).append(refusal)
+    return found
 
 
 def _check_known(plan: object, saved: object) -> None:
@@ -139,7 +150,9 @@ def _from_owner(name: str, mine: ExternalTie | None, theirs: ExternalTie | None)
     return Action(kind=ActionKind.EXTERNAL, saved=tie.owner_name, name=name, note=note, external=tie)
 
 
-def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec]) -> Action | None:
+def _derive(
+    name: str, members: list[str], refusals: list[RefusedClaim], saved: TiePlan | Mapping[str, TensorSpec]
+) -> Action | None:
     """Find a tensor that is stored under another name only."""
     if isinstance(saved, TiePlan):
         for alias in filter(None, map(saved.alias, members)):
@@ -147,20 +160,16 @@ def _derive(name: str, members: list[str], plan: TiePlan, saved: TiePlan | Mappi
             note = f"{alias.name} and {canonical} were one tensor when saved; each gets its values"
             return Action(kind=ActionKind.COPY, saved=canonical, name=name, view=alias.view, note=note)
     else:
-        for partner, claimant in _same_shaped_partners(name, plan):
+        for partner, claimant in _same_shaped_partners(name, refusals):
             if partner in saved:
                 note = f"assumed one tensor with {partner} when saved, as {claimant} claims; both get its values"
                 return Action(kind=ActionKind.COPY, saved=partner, name=name, note=note)
     return None
 
 
-def _resolve(
-    name: str, plan: TiePlan, saved: TiePlan | Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
-) -> Action:
+def _resolve(name: str, refusals: list[RefusedClaim], plan: TiePlan, stored: Mapping[str, TensorSpec]) -> Action:
     """What the plugins say about a tensor that is not stored under any name; an error if they say nothing."""
-    refusals = [*plan.refused, *(saved.refused if isinstance(saved, TiePlan) else ())]
-    refused = tuple(str(refusal) for refusal in refusals if name in refusal.claim.names)
-    missing = Missing(name=name, spec=plan.tensors[name], stored=stored, refused=refused)
+    missing = Missing(name=name, spec=plan.tensors[name], stored=stored, refused=tuple(map(str, refusals)))
     resolution = settle_missing(missing, plan.resolver)
     if resolution is None:
         raise MissingTensorError(_sentence(missing, plan), names=[name])
@@ -181,24 +190,24 @@ def _check_filled(action: Action, others: list[str]) -> None:
         )
 
 
-def _same_shaped_partners(name: str, plan: TiePlan) -> list[tuple[str, str]]:
+def _same_shaped_partners(name: str, refusals: list[RefusedClaim]) -> list[tuple[str, str]]:
     """Names that somebody claims are one tensor with `name`, refused only because they are not so in the live model."""
     return [
         (partner, refusal.claim.detail or str(refusal.claim.source))
-        for refusal in plan.refused
-        if name in refusal.claim.names and refusal.verdict.reason is Reason.DECLARED_NOT_TIED
+        for refusal in refusals
+        if refusal.verdict.reason is Reason.DECLARED_NOT_TIED
         for partner in refusal.claim.names
         if partner != name
     ]
 
 
-def _check_companions(plan: TiePlan, saved: TiePlan) -> None:
+def _check_companions(plan: TiePlan, saved: TiePlan, stored: Mapping[str, TensorSpec]) -> None:
     """A part of a model needs the companions of what it has, whoever else may have them too."""
     for companion in saved.companions:
         needed_by = [name for name in companion.of if name in plan.tensors]
         if not needed_by or companion.name in plan.tensors:
             continue
-        missing = Missing(name=companion.name, spec=saved.tensors[companion.name], stored=saved.stored())
+        missing = Missing(name=companion.name, spec=saved.tensors[companion.name], stored=stored)
         resolution = plan.resolver(missing)
         if resolution is None or resolution.way is not Way.LEAVE:
             raise MissingTensorError(

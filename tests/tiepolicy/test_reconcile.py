@@ -1,11 +1,13 @@
 """A checkpoint against a live model: each row of the table is a list of actions or one clear error."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import tiepolicy
 from models import FlaggedPair, TiedPair
-from tiepolicy import Action, ActionKind, TensorSpec, View, reconcile
+from tiepolicy import Action, ActionKind, Claim, Policy, Resolution, TensorSpec, View, hookimpl, reconcile
 from tiepolicy.errors import DtypeMismatchError, MissingTensorError, ObservationError, ShapeMismatchError
 
 EMBED, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -129,3 +131,34 @@ def test_what_is_no_plan_and_no_list_of_tensors_is_refused(swapped):
     kinds = "TiedPair and a TiePlan" if swapped else "TiePlan and a dict"
     with pytest.raises(ObservationError, match=f"reconcile takes a plan, and a plan .*, not a {kinds}"):
         reconcile(*arguments)
+
+
+class CountedLooks(tuple):
+    """Counts the elements that are taken from it."""
+
+    looks = 0
+
+    def __iter__(self):
+        for element in super().__iter__():
+            CountedLooks.looks += 1
+            yield element
+
+
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_each_refused_claim_is_looked_at_once_however_many_tensors_are_missing(with_manifest):
+    class ClaimAll:
+        @hookimpl
+        def tiepolicy_claims(self, facts):
+            return [Claim((EMBED, name), "declared", "a registry") for name in facts if name != EMBED]
+
+        @hookimpl
+        def tiepolicy_resolve(self, conflict):
+            return Resolution.leave()
+
+    tensors = {EMBED: torch.zeros(12, 4)} | {f"head.{rows}": torch.zeros(rows, 4) for rows in range(20, 70)}
+    plan = Policy(plugins=[ClaimAll()]).plan(tensors)
+    plan = dataclasses.replace(plan, refused=CountedLooks(plan.refused))
+    saved = tiepolicy.plan({EMBED: torch.zeros(12, 4)})
+    CountedLooks.looks = 0
+    actions = reconcile(plan, saved if with_manifest else saved.tensors)
+    assert (50, 50) == (CountedLooks.looks, sum(action.kind is ActionKind.LEAVE for action in actions))
