@@ -1,5 +1,6 @@
 """Step 7, values: the only functions that touch the elements of tensors, to rebuild a view and to compare two."""
 
+import functools
 import hashlib
 
 import torch
@@ -100,9 +101,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
         TiePolicyError: As `content_digest` says.
     """
     elements = _bytes(_whole(tensor))
-    # Odd factors, so that a product modulo 2**64 differs where a factor does.
-    factors = torch.randint(-(2**62), 2**62, (_WORDS,), generator=torch.Generator().manual_seed(0)).mul_(2).add_(1)
-    factors = factors.to(elements.device)
+    factors = torch.frombuffer(_factors(), dtype=torch.int64).to(elements.device)
     value = torch.full((), elements.numel(), device=elements.device)
     for piece in elements.split(8 * _WORDS):
         if piece.numel() % 8 or piece.storage_offset() % 8:
@@ -110,6 +109,13 @@ def fingerprint(tensor: torch.Tensor) -> int:
         words = piece.view(torch.int64)
         value = value * _FACTOR + (words * factors[: len(words)]).sum()
     return int(value)
+
+
+@functools.cache
+def _factors() -> memoryview:
+    """Odd, so that a product modulo 2**64 differs where a factor does; no tensor, as a mode of torch might wrap it."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (_WORDS,), generator=generator).mul_(2).add_(1).numpy().data
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,26 @@ def test_a_fingerprint_depends_on_every_bit_and_on_nothing_else(num_bytes, offse
         assert before != fingerprint(tensor)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.arange(200_001, dtype=torch.int32), -3193696405742773140),
+        (torch.arange(5, dtype=torch.float32), 3811388591463853956),
+        (torch.empty(0), 0),
+    ],
+)
+def test_a_fingerprint_stays_what_it_is_from_one_version_to_the_next(tensor, expected):
+    with torch.inference_mode():
+        assert expected == fingerprint(tensor)
+    assert expected == fingerprint(tensor)
+
+
+def test_the_factors_of_a_fingerprint_are_drawn_once(monkeypatch):
+    first = fingerprint(torch.ones(3))
+    monkeypatch.delattr(torch, "randint")
+    assert first == fingerprint(torch.ones(3))
+
+
 def test_a_fingerprint_is_of_the_elements_in_their_order():
     tensor = torch.randn(6, 40)
     assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t())
