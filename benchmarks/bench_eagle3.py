@@ -235,7 +235,7 @@ def profile(step: Callable[[], Tensor], num_steps: int = 3) -> dict[str, dict[st
 KERNELS = {
     "AdamW": ("_adamw",),
     "attention": ("sdpa", "fmha", "flash", "compute_dot_do_o", "convert_dq", "_merge_kernel", "_same_row"),
-    "loss": ("_soft_cross_entropy", "_row_stats"),
+    "loss": ("_soft_cross_entropy", "_row_max"),
     "norms": ("_rms_norm",),
     "activation": ("_swiglu",),
     "heads": ("_place_kernel", "_unrotate", "_sum_by_token"),

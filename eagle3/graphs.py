@@ -6,8 +6,8 @@ Shape suffixes: L = BT tokens of the batch, A captured states, E target hidden, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from eagle3.loss import StepCounts
 from eagle3.pairs import PairPlan, padded, with_pairs
 from eagle3.unroll import UnrollResult
 
-#: Shapes are rounded up to multiples of these, so that few graphs serve all batches; so many are kept.
-_ROWS, _PAIRS, _TEACHERS, _NUM_GRAPHS = 128, 512, 128, 48
+#: Shapes are rounded up to multiples of these at most, so that few graphs serve all batches; so many are kept.
+_ROWS, _PAIRS, _TEACHERS, _NUM_GRAPHS = 128, 512, 128, 192
 
 #: A step of fewer operations is over before the host has launched its kernels one by one, or soon after that (17 ms
 #: at 600 TFLOP/s).
@@ -74,11 +74,20 @@ class StepInputs:
         """The same with the plan on the device, too."""
         return replace(self, plan=self.plan.to(self.aux_LA.device))
 
+    def reading(self, others: Iterable[StepInputs]) -> StepInputs:
+        """The same in memory of its own, but for the features, for which the first that fits of the others has room."""
+        plan = self.plan.to(self.aux_LA.device, copy=True)
+        for other in others:
+            if [part.shape for part in self.features] == [part.shape for part in other.features]:
+                return replace(other, plan=plan)
+        names = [field.name for field in fields(self) if field.name != "plan" and getattr(self, field.name) is not None]
+        return replace(self, plan=plan, **{name: getattr(self, name).clone() for name in names})
+
     @property
-    def tensors(self) -> list[Tensor]:
-        """All that differs between batches of one shape."""
+    def features(self) -> list[Tensor]:
+        """All that differs between batches of one shape, but the plan."""
         known = [] if self.argmax_L is None else [self.argmax_L]
-        return [self.plan.flat, self.input_ids_L, self.aux_LA, self.hidden_LE, *known]
+        return [self.input_ids_L, self.aux_LA, self.hidden_LE, *known]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -114,7 +123,8 @@ class GraphedStep:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(inputs.shape)
         graph, static, result = self._graphs[inputs.shape]
-        for to, value in zip(static.tensors, inputs.tensors, strict=True):
+        pairs = zip(static.features, inputs.features, strict=True)
+        for to, value in ((static.plan.flat, inputs.plan.flat), *pairs):
             to.copy_(value if value.is_cuda else value.pin_memory(), non_blocking=True)
         graph.replay()
         # The graph's own memory belongs to the next replay, of any graph.
@@ -122,13 +132,7 @@ class GraphedStep:
         return UnrollResult(loss_sum=result.loss_sum.clone(), weight_sum=result.weight_sum.clone(), counts=counts)
 
     def _capture(self, inputs: StepInputs) -> _Captured:
-        inputs = StepInputs(
-            plan=inputs.plan.to(inputs.aux_LA.device, copy=True),
-            input_ids_L=inputs.input_ids_L.clone(),
-            aux_LA=inputs.aux_LA.clone(),
-            hidden_LE=inputs.hidden_LE.clone(),
-            argmax_L=None if inputs.argmax_L is None else inputs.argmax_L.clone(),
-        )
+        inputs = inputs.reading(captured.inputs for captured in self._graphs.values())
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -142,5 +146,7 @@ class GraphedStep:
         return _Captured(graph, inputs, result)
 
 
-def _up(number: int, multiple: int) -> int:
+def _up(number: int, coarsest: int) -> int:
+    """By a 16th at most, where that is more than 16 rows."""
+    multiple = min(coarsest, max(16, 1 << max(number.bit_length() - 5, 0)))
     return max(1, -(-number // multiple)) * multiple

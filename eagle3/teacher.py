@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle3.kernels.soft_ce import row_stats
+from eagle3.kernels.soft_ce import row_max, row_stats
 
 #: Rows of full-vocabulary logits that exist at a time, and as many of the logits outside the draft vocabulary.
 CHUNK, _CHUNK_OF_OTHERS = 1024, 2048
@@ -102,7 +102,7 @@ class TeacherHead:
         in_vocab_M = torch.ones_like(argmax_M, dtype=torch.bool)
         for start in range(0, len(hidden_ME) if len(self._other_ids) else 0, _CHUNK_OF_OTHERS):
             chunk = slice(start, start + _CHUNK_OF_OTHERS)
-            others = row_stats(hidden_ME[chunk] @ self._others_E.T)
+            others = row_max(hidden_ME[chunk] @ self._others_E.T)
             other_ids = self._other_ids[others.argmax_M]
             # Of equal logits the lowest id counts, wherever it stands.
             is_other = others.max_M > stats.max_M[chunk]

@@ -12,29 +12,49 @@ from torch import Tensor
 
 from eagle3.kernels import jit, tl, widened
 
-_BLOCK = 4096
+_BLOCK = 2048
 
 
-class RowStats(NamedTuple):
-    """What one pass over rows of logits finds: (M,) each, in float32 or better; the argmax int32, lowest of equals."""
+class RowMax(NamedTuple):
+    """The largest logit of each row (M,), in float32 or better, and its column (M,) int32, the lowest of equals."""
 
-    lse_M: Tensor
     max_M: Tensor
     argmax_M: Tensor
 
 
-def row_stats(logits_MD: Tensor) -> RowStats:
-    """Finds the log-sum-exp, the largest logit and its column in each row."""
+class RowStats(NamedTuple):
+    """As `RowMax`, and the log-sum-exp of each row (M,), in float32 or better."""
+
+    max_M: Tensor
+    argmax_M: Tensor
+    lse_M: Tensor
+
+
+def row_max(logits_MD: Tensor) -> RowMax:
+    """Finds the largest logit of each row in one pass."""
     if not logits_MD.is_cuda:
-        logits_MD = widened(logits_MD)
-        max_M, argmax_M = logits_MD.max(dim=-1)
-        return RowStats(logits_MD.logsumexp(dim=-1), max_M, argmax_M.int())
+        max_M, argmax_M = widened(logits_MD).max(dim=-1)
+        return RowMax(max_M, argmax_M.int())
+    return _row_max(logits_MD, None)
+
+
+def row_stats(logits_MD: Tensor) -> RowStats:
+    """The same with the log-sum-exp."""
+    if not logits_MD.is_cuda:
+        return RowStats(*row_max(logits_MD), widened(logits_MD).logsumexp(dim=-1))
+    lse_M = torch.empty(len(logits_MD), dtype=torch.float32, device=logits_MD.device)
+    return RowStats(*_row_max(logits_MD, lse_M), lse_M)
+
+
+def _row_max(logits_MD: Tensor, lse_M: Tensor | None) -> RowMax:
     num_rows, width = logits_MD.shape
-    lse_M = torch.empty(num_rows, dtype=torch.float32, device=logits_MD.device)
-    stats = RowStats(lse_M, torch.empty_like(lse_M), torch.empty_like(lse_M, dtype=torch.int32))
+    max_M = torch.empty(num_rows, dtype=torch.float32, device=logits_MD.device)
+    found = RowMax(max_M, torch.empty_like(max_M, dtype=torch.int32))
     if num_rows:
-        _row_stats_kernel[(num_rows,)](logits_MD, *stats, width, BLOCK=_BLOCK, num_warps=8)
-    return stats
+        _row_max_kernel[(num_rows,)](
+            *(logits_MD, lse_M, *found, width), BLOCK=2 * _BLOCK, HAS_LSE=lse_M is not None, num_warps=8
+        )
+    return found
 
 
 def soft_cross_entropy_(
@@ -75,12 +95,12 @@ def soft_cross_entropy_(
             *(logits_CD, teacher_MD, teacher_lse_M, teacher_C, weight_C, loss_C, argmax_C),
             *(grad_CD, grad_factor, logits_CD.shape[1]),
             BLOCK=_BLOCK,
-            num_warps=8,
+            num_warps=4,
         )
 
 
 @jit
-def _row_stats_kernel(logits_ptr, lse_ptr, max_ptr, argmax_ptr, width, BLOCK: tl.constexpr):
+def _row_max_kernel(logits_ptr, lse_ptr, max_ptr, argmax_ptr, width, BLOCK: tl.constexpr, HAS_LSE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     top = float("-inf")
@@ -89,12 +109,16 @@ def _row_stats_kernel(logits_ptr, lse_ptr, max_ptr, argmax_ptr, width, BLOCK: tl
     for start in range(0, width, BLOCK):
         inside = start + column < width
         logits = tl.load(logits_ptr + row * width + start + column, mask=inside, other=float("-inf")).to(tl.float32)
-        here, where = tl.max(logits, axis=0, return_indices=True)
-        above = tl.maximum(top, here)
-        best = tl.where(here > top, start + where, best)
-        total = total * tl.exp(top - above) + tl.sum(tl.exp(logits - above))
-        top = above
-    tl.store(lse_ptr + row, top + tl.log(total))
+        here = tl.max(logits, axis=0)
+        # Few blocks hold a larger logit than all before; only these are searched for its column.
+        if here > top:
+            best = start + tl.min(tl.where(logits == here, column, BLOCK), axis=0)
+            total = total * tl.exp(top - here)
+            top = here
+        if HAS_LSE:
+            total += tl.sum(tl.exp(logits - top), axis=0)
+    if HAS_LSE:
+        tl.store(lse_ptr + row, top + tl.log(total))
     tl.store(max_ptr + row, top)
     tl.store(argmax_ptr + row, best)
 
@@ -115,31 +139,31 @@ def _soft_cross_entropy_kernel(
 ):
     pair = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    teacher_row = tl.load(teacher_index_ptr + pair).to(tl.int64)
-    teacher_lse = tl.load(teacher_lse_ptr + teacher_row)
-    weight = tl.load(weight_ptr + pair)
     top = float("-inf")
     best = 0
     total = 0.0
-    expected = 0.0
     for start in range(0, width, BLOCK):
         inside = start + column < width
         logits = tl.load(logits_ptr + pair * width + start + column, mask=inside, other=float("-inf")).to(tl.float32)
-        teacher = tl.load(teacher_ptr + teacher_row * width + start + column, mask=inside, other=float("-inf"))
-        p = tl.exp(teacher.to(tl.float32) - teacher_lse)
-        expected += tl.sum(tl.where(inside, p * logits, 0.0))
-        here, where = tl.max(logits, axis=0, return_indices=True)
-        above = tl.maximum(top, here)
-        best = tl.where(here > top, start + where, best)
-        total = total * tl.exp(top - above) + tl.sum(tl.exp(logits - above))
-        top = above
+        here = tl.max(logits, axis=0)
+        if here > top:
+            best = start + tl.min(tl.where(logits == here, column, BLOCK), axis=0)
+            total = total * tl.exp(top - here)
+            top = here
+        total += tl.sum(tl.exp(logits - top), axis=0)
     lse = top + tl.log(total)
-    tl.store(loss_ptr + pair, weight * (lse - expected))
     tl.store(argmax_ptr + pair, best)
+    teacher_row = tl.load(teacher_index_ptr + pair).to(tl.int64)
+    teacher_lse = tl.load(teacher_lse_ptr + teacher_row)
+    weight = tl.load(weight_ptr + pair)
+    expected = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         inside = start + column < width
         place = pair * width + start + column
         logits = tl.load(logits_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
         teacher = tl.load(teacher_ptr + teacher_row * width + start + column, mask=inside, other=float("-inf"))
-        grad = weight * (tl.exp(logits - lse) - tl.exp(teacher.to(tl.float32) - teacher_lse))
+        p = tl.exp(teacher.to(tl.float32) - teacher_lse)
+        expected += tl.where(inside, p * logits, 0.0)
+        grad = weight * (tl.exp(logits - lse) - p)
         tl.store(grad_ptr + place, (grad_factor * grad).to(grad_ptr.dtype.element_ty), mask=inside)
+    tl.store(loss_ptr + pair, weight * (lse - tl.sum(expected, axis=0)))

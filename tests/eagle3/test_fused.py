@@ -159,12 +159,12 @@ def on_gpu(batch, *, num_steps):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_step_waits_for_nothing_and_its_graph_gives_the_same(fp8):
-    """Two masks in turn through one graph, which serves both; a synchronisation would raise."""
+    """Two masks in turn through one graph, and one through another that reads the same memory; waiting would raise."""
     draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1500, draft_vocab=1008, intermediate=512)
     weights = FlatWeights(draft.float().cuda(), dtype=torch.bfloat16, fp8=fp8)
     step = FusedStep(draft, weights, num_steps=3)
     optimizer = FlatAdamW(weights, lr=0.0)
-    masks = [((torch.arange(400) + shift) % 90 >= 30).repeat(2, 1) for shift in (0, 45)]
+    masks = [((torch.arange(400) + shift) % 90 >= 30).repeat(2, 1) for shift in (30, 45, 0)]
     batches = [make_batch(draft.cpu(), mask.tolist(), seed=seed) for seed, mask in enumerate(masks)]
     draft.cuda()
     head = TeacherHead(batches[0]["head_VE"].cuda().bfloat16(), draft.target_ids())
@@ -174,11 +174,13 @@ def test_a_step_waits_for_nothing_and_its_graph_gives_the_same(fp8):
 
     graphed = GraphedStep(run)
     inputs = [on_gpu(batch, num_steps=3) for batch in batches]
+    assert inputs[0].shape == inputs[1].shape != inputs[2].shape
     expected = []
     for part in inputs:
         result = run(part.uploaded())
         expected.append((result.loss_sum.item(), result.counts.as_tensor().tolist(), weights.grad.clone()))
     graphed(inputs[0])
+    graphed(inputs[2])
     factor = torch.ones((), device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

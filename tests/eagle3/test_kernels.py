@@ -12,7 +12,7 @@ from eagle3.kernels.heads import Heads, place_keys_values, place_queries, sum_by
 from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward, weight_gradient_parts
 from eagle3.kernels.optimizer import adamw_
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
-from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
+from eagle3.kernels.soft_ce import row_max, row_stats, soft_cross_entropy_
 from eagle3.kernels.swiglu import swiglu, swiglu_backward_
 
 pytestmark = [
@@ -208,6 +208,8 @@ def test_the_soft_cross_entropy_of_a_chunk():
         )
         assert torch.equal(move(logits).argmax(dim=-1).int(), argmax)
         assert torch.equal(teacher.argmax(dim=-1).int(), stats.argmax_M.cpu())
+        for expected, actual in zip(stats[:2], row_max(teacher_), strict=True):
+            assert torch.equal(expected, actual)
         outputs.append((loss, logits_, stats.lse_M, stats.max_M))
     for expected, actual in zip(*outputs, strict=True):
         check(expected, actual)
