@@ -31,13 +31,15 @@ class HeadFirst(TiedPair):
         self.lm_head, self.embed_tokens = lm_head, embed_tokens
 
 
-def tiny_llama(*, tie_word_embeddings: bool, vocab_size: int = 96, hidden_size: int = 16) -> LlamaForCausalLM:
-    """A transformers model of one layer."""
+def tiny_llama(
+    *, tie_word_embeddings: bool, vocab_size: int = 96, hidden_size: int = 16, num_layers: int = 1
+) -> LlamaForCausalLM:
+    """A transformers model of few layers."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         tie_word_embeddings=tie_word_embeddings,
     )

@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +113,7 @@ class AsyncSaver:
         """
         self.wait()
         job = begin(folder, contents, record=record)
-        live = [*job.share.tensors(), *(contents.whole or {}).values()]
+        live = list(job.share.tensors())
         copies: list[torch.Tensor] = []
 
         def copy() -> None:
@@ -131,8 +130,7 @@ class AsyncSaver:
                 f"{folder} could not be written: there is no memory for a copy of it: {error}. Nothing was kept"
             ) from error
         self._pending = PendingSave()
-        write = self._write(copies[: len(job.share.plan.items)], digest=contents.digests)
-        arguments = (self._pending, _with_copies(job, copies), write, then)
+        arguments = (self._pending, job, self._write(copies, digest=contents.digests), then)
         # No daemon: a process that ends while it saves waits until that is done.
         threading.Thread(target=self._run, args=arguments, name=f"save {folder.name}").start()
         return self._pending
@@ -230,12 +228,3 @@ def async_save(
         raise
     pending.when_done(saver.release)
     return pending
-
-
-def _with_copies(job: Job, copies: Sequence[torch.Tensor]) -> Job:
-    """The job with the gathered model taken from the copies, which end with it."""
-    whole = job.contents.whole
-    if not whole:
-        return job
-    copied = dict(zip(whole, copies[-len(whole) :], strict=True))
-    return replace(job, contents=replace(job.contents, whole=copied))

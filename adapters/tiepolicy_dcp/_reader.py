@@ -1,6 +1,6 @@
 """Step 7, reading without trust: DCP's files, with no code run and no file opened outside the checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,22 +84,26 @@ def read_tensors(stored: StoredTensors, targets: Mapping[str, tuple[str, torch.T
     Raises:
         CheckpointError: On every rank, if one rank could not read.
     """
+    fill: list[Callable[[], None]] = []
+    # DCP's own load would send every plan to one rank and back, where nothing is changed.
+    on_all_ranks(lambda: fill.append(find_tensors(stored, targets)))
+    on_all_ranks(fill[0])
+
+
+def find_tensors(stored: StoredTensors, targets: Mapping[str, tuple[str, torch.Tensor]]) -> Callable[[], None]:
+    """What reads stored tensors into live ones as `read_tensors` does, on this rank alone, once all were found."""
     metadata = stored.metadata({name: source for name, (source, _) in targets.items()})
     reader, planner = ArchiveReader(stored.folder), DefaultLoadPlanner(flatten_state_dict=False)
-
-    def find() -> None:
-        with _naming(stored.folder):
-            planner.set_up_planner({name: tensor for name, (_, tensor) in targets.items()}, metadata)
-            reader.set_up_storage_reader(metadata, is_coordinator=False)
-            reader.find(planner.create_local_plan())
+    with _naming(stored.folder):
+        planner.set_up_planner({name: tensor for name, (_, tensor) in targets.items()}, metadata)
+        reader.set_up_storage_reader(metadata, is_coordinator=False)
+        reader.find(planner.create_local_plan())
 
     def fill() -> None:
         with _naming(stored.folder):
             reader.fill_(planner)
 
-    # DCP's own load would send every plan to one rank and back, where nothing is changed.
-    on_all_ranks(find)
-    on_all_ranks(fill)
+    return fill
 
 
 @contextmanager

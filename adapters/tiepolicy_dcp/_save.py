@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
@@ -19,12 +18,8 @@ from tiepolicy.files import DIGESTS, FileRecord, digests_text, measure
 from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
 from tiepolicy_dcp._folder import discard, prepare, publish, write_manifest, write_text
 from tiepolicy_dcp._groups import encode, joined
-from tiepolicy_dcp._ranks import (
-    agreed_plan,
-    all_present,
-    on_first_rank,
-    through_first_rank,
-)
+from tiepolicy_dcp._ranks import agreed_plan, on_first_rank, through_first_rank
+from tiepolicy_dcp._reader import StoredTensors, find_tensors
 from tiepolicy_dcp._retention import RECORD
 from tiepolicy_dcp._stages import store_once
 from tiepolicy_dcp._state import Extra, ModelState, OptimizerState, observed, pack_extra, write_extra
@@ -69,7 +64,8 @@ def save(
         plan: The model's plan; made by the default policy if not given.
         external: Other models, by the names to know them under: `save(folder, model=draft, external={"target": model})`
             leaves out what is the target's, and records its digest.
-        consolidated: Also write `model.safetensors`, gathered on rank 0, without aliases.
+        consolidated: Also write `model.safetensors`, the whole model without aliases: rank 0 reads what all ranks wrote
+            into memory of the CPU.
         digests: Whether to hash what is written, so that damage is found on load; without, only the sizes of files are.
 
     Returns:
@@ -107,8 +103,8 @@ class Contents:
     state: Mapping[str, Mapping[str, torch.Tensor]]
     #: On rank 0.
     extra: Extra
-    #: The whole model on rank 0, nothing elsewhere; None if it is not asked for.
-    whole: Mapping[str, torch.Tensor] | None
+    #: Whether rank 0 also writes the whole model as one file.
+    consolidated: bool
     #: Whether its files are hashed.
     digests: bool
 
@@ -121,21 +117,14 @@ def collect(given: Given) -> Contents:
     live, entries = observed(ModelState(model, plan=plan), optimizer_state)
     _check_tensors(live)
     groups = joined([entry.group for entry in entries.values() if entry.group is not None])
-    stored, is_part = store_once(live, entries.values(), plan)
-    if is_part and consolidated:
-        raise CheckpointError(
-            "the ranks hold different parts of one model, as the stages of a pipeline do, and a consolidated file is "
-            "gathered from ranks that hold it all. Nothing was written. Load the stages' checkpoint into the whole "
-            "model, and save that"
-        )
-    state = {"model": stored}
+    state = {"model": store_once(live, entries.values(), plan)}
     if entries:
         state["optimizer"] = {name: entry.tensor for name, entry in entries.items()}
         state["optimizer"] |= {f"param_groups.{group.position}": encode(group) for group in groups}
     packed: list[Extra] = []
     on_first_rank(lambda: packed.append(pack_extra(extra or {})))
-    whole = _gather(model, plan) if consolidated else None
-    return Contents(plan=plan, state=state, extra=next(iter(packed), Extra()), whole=whole, digests=digests)
+    extra_state = next(iter(packed), Extra())
+    return Contents(plan=plan, state=state, extra=extra_state, consolidated=consolidated, digests=digests)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,14 +187,6 @@ def _check_tensors(live: Mapping[str, Any]) -> None:
             )
 
 
-def _gather(model: nn.Module, plan: TiePlan) -> dict[str, torch.Tensor]:
-    """The whole model on the CPU of rank 0, without aliases; empty on other ranks."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    with all_present():
-        gathered: dict[str, Any] = dict(get_model_state_dict(model, options=options))
-    return plan.compact(gathered)
-
-
 def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) -> None:
     """Write what rank 0 writes alone, and publish."""
     unfinished, contents = job.unfinished, job.contents
@@ -215,14 +196,22 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
     write_extra(unfinished, contents.extra)
     if job.record is not None:
         write_text(unfinished / RECORD, json.dumps(job.record, indent=1))
-    if contents.whole is not None:
-        tensors = {name: tensor.contiguous() for name, tensor in contents.whole.items()}
-        write_safetensors(unfinished / CONSOLIDATED, tensors)
+    if contents.consolidated:
+        write_safetensors(unfinished / CONSOLIDATED, _written(unfinished, contents.plan))
     records = {data_file(of_rank): record for of_rank, (_, record) in enumerate(of_ranks)}
     others = [path for path in unfinished.iterdir() if path.name not in records]
     own = measure(others, digests=contents.digests)
     write_text(unfinished / DIGESTS, digests_text({**records, **own}))
     publish(unfinished, job.folder)
+
+
+def _written(unfinished: Path, plan: TiePlan) -> dict[str, torch.Tensor]:
+    """The whole model from the files of all ranks: each may have had a part of it only."""
+    stored = StoredTensors(unfinished)
+    specs = stored.specs("model.")
+    tensors = {name: torch.empty(specs[name].shape, dtype=specs[name].dtype) for name in plan.stored()}
+    find_tensors(stored, {name: (f"model.{name}", tensor) for name, tensor in tensors.items()})()
+    return tensors
 
 
 def _as_checkpoint_error(folder: Path, error: Exception) -> CheckpointError:

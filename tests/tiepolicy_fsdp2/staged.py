@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from tower import DEVICE, STEPS, Layer, Tower, batch, digests, distance, message, run, tower, train, whole
+from tower import DEVICE, ROWS, STEPS, Layer, Tower, batch, digests, distance, message, run, tower, train, whole
 
 import tiepolicy
 import tiepolicy_dcp
 import tiepolicy_fsdp2
+from models import tiny_llama
 
 
 def whole_plan():
@@ -186,7 +188,7 @@ def save_and_load():
             tiepolicy_fsdp2.fully_shard(module, blocks=[Layer], mesh=mesh["dp"])
     ties = tiepolicy_fsdp2.tie_stages(stage, plan=whole_plan(), group=mesh["pp"].get_group())
     run_steps(stage, mesh, Schedule1F1B, sync=True, steps=range(1), ties=ties)
-    tiepolicy_dcp.save(FOLDER / "joint", model=stage, plan=whole_plan())
+    tiepolicy_dcp.save(FOLDER / "joint", model=stage, plan=whole_plan(), consolidated=True)
     restored = tiepolicy_dcp.load(FOLDER / "joint", model=fresh)
     expected = dict(stage.named_parameters())
     same = all(torch.equal(whole(parameter), whole(expected[name])) for name, parameter in fresh.named_parameters())
@@ -194,8 +196,17 @@ def save_and_load():
     return {
         "same": all(both(same)),
         "equal": torch.equal(embed, head),
+        "consolidated": all(both(is_consolidated(FOLDER / "joint", stage))),
         "notes": [action.note for actions in both(restored.actions) for action in actions if action.note],
     }
+
+
+def is_consolidated(folder, stage):
+    """Whether the one file has what the stage has, under the names that are stored."""
+    plan, tensors = whole_plan(), load_file(folder / "model.safetensors")
+    return sorted(plan.stored()) == sorted(tensors) and all(
+        torch.equal(tensors[plan.canonical(name)], whole(parameter)) for name, parameter in stage.named_parameters()
+    )
 
 
 def resume():
@@ -212,8 +223,10 @@ def resume():
     ties = tiepolicy_fsdp2.tie_stages(stages[0], **names)
     go(stages[0], steps=range(1), ties=ties, optimizer=optimizers[0])
     with tiepolicy_dcp.CheckpointStore(FOLDER / "run") as store:
-        store.save("stopped", model=stages[0], optimizer=optimizers[0], plan=whole_plan())
-        store.async_save("again", model=stages[0], optimizer=optimizers[0], plan=whole_plan()).result()
+        given = {"model": stages[0], "optimizer": optimizers[0], "plan": whole_plan(), "consolidated": True}
+        store.save("stopped", **given)
+        store.async_save("again", **given).result()
+        consolidated = [is_consolidated(store.root / name, stages[0]) for name in ("stopped", "again")]
         stopped = digests(stages[0], optimizers[0])
         go(stages[0], steps=range(1, STEPS), ties=ties, optimizer=optimizers[0])
         restored = store.load("stopped", model=stages[1], optimizer=optimizers[1])
@@ -229,6 +242,7 @@ def resume():
     go(stages[1], steps=range(1, STEPS), ties=tiepolicy_fsdp2.tie_stages(stages[1], **names), optimizer=optimizers[1])
     return {
         "loaded": all(both([stopped, stopped] == bits)),
+        "consolidated": all(both(all(consolidated))),
         "as_one": all(both(len(stopped) > 8 and stopped.items() <= (as_one | renamed(as_one)).items())),
         "groups": all(both(all(one == groups[0] for one in groups) and 3 == len(groups[0]))),
         "resumed": all(both(digests(stages[0], optimizers[0]) == digests(stages[1], optimizers[1]))),
@@ -264,7 +278,7 @@ def save_a_drifted_pair():
     if dist.get_rank() == 1:
         with torch.no_grad():
             half(stage)[3, 2] += 1
-    return refused("drifted", stage, None)
+    return refused("drifted", stage, None, consolidated=True)
 
 
 def save_one_stage_twice():
@@ -300,9 +314,75 @@ def save_halves_of_which_one_is_optimized():
     return refused("optimized", stage, torch.optim.AdamW(trained))
 
 
-def save_stages_consolidated():
-    stage = cut(tower(), dist.get_rank())
-    return refused("consolidated", stage, None, consolidated=True)
+def save_a_name_of_two_ranks():
+    """One has the whole model, the other all but a layer, under the same names; then with another value."""
+    model = tower()
+    if dist.get_rank() == 1:
+        del model.layers["0"]
+    folder = tiepolicy_dcp.save(FOLDER / "shared", model=model, plan=whole_plan(), consolidated=True)
+    consolidated = all(both(is_consolidated(folder, model)))
+    with torch.no_grad():
+        half(model)[3, 2] += dist.get_rank()
+    return {"consolidated": consolidated} | refused("two_values", model, None)
+
+
+class LlamaStage(nn.Module):
+    """One of two stages of a model of transformers, with a layer each and the names of the whole."""
+
+    def __init__(self, whole_model, index: int) -> None:
+        super().__init__()
+        inner = whole_model.model
+        self.model = nn.ModuleDict({"layers": nn.ModuleDict({str(index): inner.layers[index]})})
+        self.model["rotary_emb"] = inner.rotary_emb
+        if index == 0:
+            self.model["embed_tokens"] = inner.embed_tokens
+        else:
+            self.model["norm"], self.lm_head = inner.norm, whole_model.lm_head
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if "embed_tokens" in self.model:
+            states = self.model["embed_tokens"](states)
+        positions = self.model["rotary_emb"](states, torch.arange(states.shape[1], device=states.device)[None])
+        for layer in self.model["layers"].values():
+            states = layer(states, position_embeddings=positions)
+        return self.lm_head(self.model["norm"](states)) if "norm" in self.model else states
+
+
+def llama(*, tied):
+    torch.manual_seed(3)
+    return tiny_llama(tie_word_embeddings=tied, vocab_size=ROWS, num_layers=2).double()
+
+
+def train_llama(name, *, tied):
+    """Train a step and save, beside what the stages have and what a single process makes of the same step."""
+    mesh = grid()
+    stage = LlamaStage(llama(tied=tied).to(DEVICE), mesh["pp"].get_local_rank())
+    if mesh["dp"].size() > 1:
+        blocks = list({type(layer) for layer in stage.model["layers"].values()})
+        tiepolicy_fsdp2.fully_shard(stage, blocks=blocks, mesh=mesh["dp"])
+    with torch.device("meta"):
+        plan = tiepolicy.plan(llama(tied=tied))
+    ties = tiepolicy_fsdp2.tie_stages(stage, plan=plan, group=mesh["pp"].get_group())
+    run_steps(stage, mesh, ScheduleGPipe, sync=True, steps=range(1), ties=ties)
+    tiepolicy_dcp.save(FOLDER / name, model=stage, plan=plan, consolidated=True)
+
+    alone, ids = llama(tied=tied), batch(0).cpu()
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=0.05)
+    nn.functional.cross_entropy(alone(ids).logits.flatten(0, 1), ids.roll(1, 1).flatten()).backward()
+    optimizer.step()
+    first, last = both({name: whole(parameter) for name, parameter in stage.named_parameters()})
+    if dist.get_rank() == 0:
+        save_file(first | last, FOLDER / f"{name}_stages.safetensors")
+        alone.save_pretrained(FOLDER / f"{name}_alone")
+    return {"shared": sorted(ties.shared)}
+
+
+def tied_llama():
+    return train_llama("tied_llama", tied=True)
+
+
+def untied_llama():
+    return train_llama("untied_llama", tied=False)
 
 
 def refused(name, stage, optimizer, **options):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tower import Tower
+from safetensors.torch import load_file
+from tower import ROWS, Tower
+from transformers import AutoModelForCausalLM
 
 import tiepolicy_dcp
 from torchrun import results_of
@@ -20,32 +22,34 @@ SCHEDULES = ["one_forward_one_backward", "all_forward_all_backward"]
 OTHERS = [
     *("today_without_sync", "started_apart", "a_half_without_gradient"),
     *("a_stage_is_missing", "converted_apart", "two_halves_on_one_rank"),
-    *("save_and_load", "resume", "save_a_drifted_pair", "save_one_stage_twice"),
+    *("save_and_load", "resume", "save_a_drifted_pair", "save_one_stage_twice", "save_a_name_of_two_ranks"),
 ]
+LLAMAS = ["tied_llama", "untied_llama"]
 UNFIT_OPTIMIZERS = {
-    "save_a_drifted_state": "TieConflictError: embed_tokens.weight and lm_head.weight are one tensor in the model, and "
-    "two ranks hold different values of it (all of its exp_avg)",
+    "save_a_drifted_state": "TieConflictError: embed_tokens.weight on rank 0 and lm_head.weight on rank 1 are one "
+    "tensor in the model, and hold different values of it (all of its exp_avg)",
     "save_with_other_hyperparameters": "CheckpointError: lr of parameter group 0 is 1.1 on rank 1, but 0.1 on a rank "
     "before it",
     "save_halves_in_two_groups": "CheckpointError: embed_tokens.weight is in parameter group 0 on one rank, and what "
     "is one tensor with it in group 1 on another",
-    "save_halves_of_which_one_is_optimized": "CheckpointError: embed_tokens.weight and lm_head.weight are one tensor "
-    "in the model, but two ranks shard or optimize it differently: lm_head.weight has all of its step, which "
-    "embed_tokens.weight has not.",
-    "save_stages_consolidated": "CheckpointError: the ranks hold different parts of one model",
+    "save_halves_of_which_one_is_optimized": "CheckpointError: embed_tokens.weight on rank 0 and lm_head.weight on "
+    "rank 1 are one tensor in the model, but sharded or optimized differently: the latter has all of its step, which "
+    "the former has not.",
 }
 
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return results_of(RANKS, folder, [*SCHEDULES, *OTHERS, *UNFIT_OPTIMIZERS], num_processes=2) | {"folder": folder}
+    cases = [*SCHEDULES, *OTHERS, *UNFIT_OPTIMIZERS, *LLAMAS]
+    return results_of(RANKS, folder, cases, num_processes=2) | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory):
-    cases = [*SCHEDULES, "a_stage_for_each_part", "save_and_load", "resume"]
-    return results_of(RANKS, tmp_path_factory.mktemp("four"), cases, num_processes=4)
+    folder = tmp_path_factory.mktemp("four")
+    cases = [*SCHEDULES, "a_stage_for_each_part", "save_and_load", "resume", *LLAMAS]
+    return results_of(RANKS, folder, cases, num_processes=4) | {"folder": folder}
 
 
 def check_synced(result):
@@ -84,7 +88,7 @@ def test_today_stages_drift_apart_without_a_word_and_are_found_here(on_two):
 
 def test_stages_save_one_checkpoint_with_each_tie_once_and_load_their_halves_from_it(on_two):
     result = on_two["save_and_load"]
-    assert (True, True) == (result["same"], result["equal"])
+    assert [True] * 3 == [result[key] for key in ("same", "equal", "consolidated")]
     said = "were one tensor when saved; each gets its values"
     assert [
         f"layers.1.up.weight and layers.0.up.weight {said}",
@@ -94,12 +98,12 @@ def test_stages_save_one_checkpoint_with_each_tie_once_and_load_their_halves_fro
 
 @pytest.mark.slow
 def test_stages_that_are_sharded_save_and_load(on_four):
-    assert (True, True) == (on_four["save_and_load"]["same"], on_four["save_and_load"]["equal"])
+    assert [True] * 3 == [on_four["save_and_load"][key] for key in ("same", "equal", "consolidated")]
 
 
 def check_resumed(result):
     """Weights and optimizer state loaded into other stages, into the whole model, and from that into stages again."""
-    assert [True] * 4 == [result[key] for key in ("loaded", "as_one", "groups", "resumed")]
+    assert [True] * 5 == [result[key] for key in ("loaded", "as_one", "groups", "resumed", "consolidated")]
     assert (
         "lm_head.weight and embed_tokens.weight were one parameter when saved; each gets its state" in result["notes"]
     )
@@ -159,9 +163,49 @@ def test_a_drifted_pair_is_an_error_at_save_and_never_merged(on_two):
     result = on_two["save_a_drifted_pair"]
     assert (True, []) == (result["agreed"], result["written"])
     assert result["error"].startswith(
-        "TieConflictError: embed_tokens.weight and lm_head.weight are one tensor in the model, and two ranks hold "
-        "different values of it"
+        "TieConflictError: embed_tokens.weight on rank 0 and lm_head.weight on rank 1 are one tensor in the model, and "
+        "hold different values of it"
     )
+
+
+def test_what_two_ranks_have_under_one_name_is_compared_and_written_once(on_two):
+    result = on_two["save_a_name_of_two_ranks"]
+    assert (True, True, []) == (result["consolidated"], result["agreed"], result["written"])
+    assert result["error"].startswith(
+        "TieConflictError: embed_tokens.weight on rank 0 and embed_tokens.weight on rank 1 are one tensor in the model"
+    )
+
+
+def check_one_file(results, case):
+    """The file of the stages, as safetensors and transformers read it, against the stages and one process."""
+    folder, tied = results["folder"], case == "tied_llama"
+    assert (["model.embed_tokens.weight"] if tied else []) == results[case]["shared"]
+    stages, found = load_file(folder / f"{case}_stages.safetensors"), load_file(folder / case / "model.safetensors")
+    assert ({"lm_head.weight"} if tied else set()) == stages.keys() ^ found.keys()
+    assert [True] * len(found) == [torch.equal(stages[name], tensor) for name, tensor in found.items()]
+
+    alone = AutoModelForCausalLM.from_pretrained(folder / f"{case}_alone")
+    alone.config.save_pretrained(folder / case)
+    model, info = AutoModelForCausalLM.from_pretrained(folder / case, output_loading_info=True)
+    assert [] == [key for key in info if info[key]]
+    assert tied is (model.lm_head.weight is model.get_input_embeddings().weight)
+    assert dict.fromkeys(stages, True) == {
+        name: torch.equal(stages[name], tensor) for name, tensor in model.state_dict().items()
+    }
+    ids = torch.arange(ROWS)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(alone(ids).logits, model(ids).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", LLAMAS)
+def test_stages_write_one_file_that_transformers_reads_as_the_model_one_process_trains(on_two, case):
+    check_one_file(on_two, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LLAMAS)
+def test_stages_that_are_sharded_write_one_file_that_transformers_reads(on_four, case):
+    check_one_file(on_four, case)
 
 
 def test_stages_that_start_apart_are_an_error_or_get_the_canonical_value_by_choice(on_two):
