@@ -22,10 +22,10 @@ def render(
     external: Sequence[ExternalTie] = (),
     companions: Sequence[Companion] = (),
     *,
-    bytes_saved: int,
+    title: str,
 ) -> str:
     """The groups with what each saves, what other models own, companions, and every refused claim as a sentence."""
-    parts = [summary(len(tensors), len(groups), len(refused), bytes_saved=bytes_saved)]
+    parts = [title]
     if groups:
         rows: list[tuple[str, ...]] = [("stored", "also named", "shape", "dtype", "saved", "because")]
         rows += [row for group in groups for row in _rows(group, tensors)]
@@ -40,10 +40,11 @@ def render(
     return "\n\n".join(parts)
 
 
-def summary(num_tensors: int, num_groups: int, num_refused: int, *, bytes_saved: int) -> str:
-    """The first line of a plan: `2 tensors, 1 tied group (48 B saved), 0 claims refused`."""
-    counts = f"{count(num_tensors, 'tensor')}, {count(num_groups, 'tied group')}"
-    return f"{counts} ({format_bytes(bytes_saved)} saved), {count(num_refused, 'claim')} refused"
+def summary(num_groups: int, num_left_out: int, num_refused: int, *, bytes_saved: int) -> str:
+    """What a plan comes to, and what saves the bytes: `1 tied group (48 B saved), 0 claims refused`."""
+    left_out = f" and {count(num_left_out, 'tensor')} of other models left out" if num_left_out else ""
+    saved = f"{count(num_groups, 'tied group')}{left_out} ({format_bytes(bytes_saved)} saved)"
+    return f"{saved}, {count(num_refused, 'claim')} refused"
 
 
 def format_bytes(count: int) -> str:

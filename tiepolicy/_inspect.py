@@ -15,7 +15,7 @@ from typing import Any, Self
 from tiepolicy._contents import Contents
 from tiepolicy._diff import FILE_DIFFERS, Comparison, Values
 from tiepolicy._digests import read_digests
-from tiepolicy._display import Link, LinkKind, columns, count, draw, format_bytes, refusal_link
+from tiepolicy._display import Link, LinkKind, columns, count, draw, format_bytes, refusal_link, summary
 from tiepolicy._display import printable as printable
 from tiepolicy._external import ExternalTie
 from tiepolicy._groups import RefusedClaim
@@ -62,10 +62,9 @@ def _summary(contents: Contents) -> str:
     if contents.plan is not None:
         apart = contents.apart()
         of_apart = sum(contents.plan.tensors[name.removeprefix(contents.prefix)].nbytes for name in apart)
-        saved = format_bytes(contents.plan.bytes_saved - of_apart)
+        counts = len(contents.plan.groups), len(contents.plan.owned_elsewhere), len(contents.plan.refused)
         lines.append(
-            f"manifest: {count(len(contents.plan.groups), 'tied group')} ({saved} saved), "
-            f"{count(len(contents.plan.refused), 'claim')} refused"
+            f"manifest: {summary(*counts, bytes_saved=contents.plan.bytes_saved - of_apart)}"
             + (f", {count(len(apart), 'tied name')} stored apart" if apart else "")
         )
         if contents.plan.external:

@@ -71,8 +71,13 @@ class TiePlan:
 
     def __str__(self) -> str:
         return _display.render(
-            self.tensors, self.groups, self.refused, self.external, self.companions, bytes_saved=self.bytes_saved
+            self.tensors, self.groups, self.refused, self.external, self.companions, title=self._title()
         )
+
+    def _title(self) -> str:
+        counts = len(self.groups), len(self.owned_elsewhere), len(self.refused)
+        summary = _display.summary(*counts, bytes_saved=self.bytes_saved)
+        return f"{_display.count(len(self.tensors), 'tensor')}, {summary}"
 
     @property
     def bytes_saved(self) -> int:
@@ -280,9 +285,8 @@ class TiePlan:
             An SVG document of at most 800 pixels' width, legible on light and dark pages, with a title and a
             description for those who do not see it.
         """
-        summary = _display.summary(len(self.tensors), len(self.groups), len(self.refused), bytes_saved=self.bytes_saved)
         links = _display.links_of(self.tensors, self.groups, self.refused, self.external)
-        return _display.draw(summary, links, [str(companion) for companion in self.companions])
+        return _display.draw(self._title(), links, [str(companion) for companion in self.companions])
 
     def to_manifest(self) -> dict[str, Any]:
         """The plan as JSON-ready values; `from_manifest` reads it.

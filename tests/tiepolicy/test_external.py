@@ -275,6 +275,12 @@ target:embed_tokens.weight  embed_tokens.weight  (12, 4)  float32  none, so stor
     assert expected == str(tiepolicy.plan(Draft(target), external={"target": target}))
 
 
+def test_the_table_says_that_what_other_models_own_saves_bytes_too():
+    _, _, plan = bound()
+    expected = "2 tensors, 0 tied groups and 1 tensor of other models left out (192 B saved), 0 claims refused"
+    assert expected == str(plan).splitlines()[0]
+
+
 def test_a_saved_external_tensor_is_taken_from_its_owner():
     _, draft, saved = bound()
     actions = reconcile(tiepolicy.plan(draft), saved)

@@ -44,7 +44,9 @@ def test_who_does_not_see_a_picture_reads_it():
     target = TiedPair()
     draft = torch.nn.ModuleDict({"embed": target.embed_tokens})
     document = tiepolicy.plan(draft, external={"target": target}, digests=True).to_svg()
-    assert ["1 tensor, 0 tied groups (192 B saved), 0 claims refused"] == texts(document, of="title")[:1]
+    assert ["1 tensor, 0 tied groups and 1 tensor of other models left out (192 B saved), 0 claims refused"] == texts(
+        document, of="title"
+    )[:1]
     expected = "embed.weight is target:embed_tokens.weight, which belongs to another model"
     assert [expected] == texts(document, of="desc")
 
