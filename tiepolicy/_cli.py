@@ -24,6 +24,8 @@ FOUND = 1
 USAGE = 2
 INTERRUPTED = 130
 
+_Command = Callable[[argparse.Namespace], int]
+
 _PATH_HELP = "a safetensors file, a Hugging Face folder, or a folder of torch.distributed.checkpoint"
 _EPILOG = "exit codes: 0 fine, 1 differences or damage, 2 wrong usage, 130 interrupted"
 
@@ -57,7 +59,7 @@ def _obey(arguments: Sequence[str]) -> int:
         path = getattr(options, name, None)
         if path is not None and not _exists(path):
             options.parser.error(f"there is no file or folder {_inspect.printable(str(path))}")
-    command: Callable[[argparse.Namespace], int] = options.command
+    command: _Command = options.command
     try:
         return command(options)
     except TiePolicyError as error:
@@ -182,6 +184,9 @@ class _NoCompletion(argparse.Action):
         parser.error(f"{self.option_strings[0]} needs shtab: pip install 'tiepolicy[completion]'")
 
 
+_AddParser = Callable[..., _Parser]
+
+
 def command_parser() -> argparse.ArgumentParser:
     """What knows all commands with their options, and prints their help."""
     parser = _Parser(
@@ -195,47 +200,38 @@ def command_parser() -> argparse.ArgumentParser:
     )
     _add_completion(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_inspect(commands.add_parser)
+    _add_diff(commands.add_parser)
+    _add_verify(commands.add_parser)
+    summary = "list the plugins that the default policy has loaded, and where they come from"
+    _add(commands.add_parser, "plugins", _plugins_command, summary, example="--json")
+    return parser
 
-    def add(
-        name: str, command: Callable[[argparse.Namespace], int], summary: str, *, example: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=_EPILOG
-        )
-        added.add_argument("--json", action="store_true", help="print JSON, for programs")
-        added.add_argument_group("example", f"{added.prog} {example}")  # a paragraph of its own keeps its line
-        added.set_defaults(command=command, parser=added)
-        return added
 
-    inspect = add(
-        "inspect",
-        _inspect_command,
-        "show names, shapes, dtypes, sizes, tied groups and refused claims",
-        example="model.safetensors --svg ties.svg",
-    )
-    inspect.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
-    inspect.add_argument(
+def _add_inspect(add_parser: _AddParser) -> None:
+    summary = "show names, shapes, dtypes, sizes, tied groups and refused claims"
+    added = _add(add_parser, "inspect", _inspect_command, summary, example="model.safetensors --svg ties.svg")
+    added.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    added.add_argument(
         "--svg", type=Path, metavar="FILE", help="also draw what is one tensor and what is not, as an SVG picture"
     )
-    compare = add(
-        "diff",
-        _diff_command,
-        "compare names, shapes, dtypes, ties and recorded digests of two checkpoints",
-        example="before.safetensors after.safetensors --values",
-    )
-    compare.add_argument("a", type=Path, metavar="A", help=_PATH_HELP)
-    compare.add_argument("b", type=Path, metavar="B", help="what to compare it with, of any of these kinds")
-    compare.add_argument(
+
+
+def _add_diff(add_parser: _AddParser) -> None:
+    summary = "compare names, shapes, dtypes, ties and recorded digests of two checkpoints"
+    added = _add(add_parser, "diff", _diff_command, summary, example="before.safetensors after.safetensors --values")
+    added.add_argument("a", type=Path, metavar="A", help=_PATH_HELP)
+    added.add_argument("b", type=Path, metavar="B", help="what to compare it with, of any of these kinds")
+    added.add_argument(
         "--values", action="store_true", help="read the tensors of safetensors files and compare them byte by byte"
     )
-    verify = add(
-        "verify",
-        _verify_command,
-        "hold headers, index, manifest and files of a checkpoint against each other",
-        example="draft --owner target=model.safetensors",
-    )
-    verify.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
-    verify.add_argument(
+
+
+def _add_verify(add_parser: _AddParser) -> None:
+    summary = "hold headers, index, manifest and files of a checkpoint against each other"
+    added = _add(add_parser, "verify", _verify_command, summary, example="draft --owner target=model.safetensors")
+    added.add_argument("path", type=Path, metavar="PATH", help=_PATH_HELP)
+    added.add_argument(
         "--owner",
         type=_owner,
         action="append",
@@ -243,10 +239,11 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="a safetensors file or Hugging Face folder of a model that owns tensors of this one; may be repeated",
     )
-    add(
-        "plugins",
-        _plugins_command,
-        "list the plugins that the default policy has loaded, and where they come from",
-        example="--json",
-    )
-    return parser
+
+
+def _add(add_parser: _AddParser, name: str, command: _Command, summary: str, *, example: str) -> _Parser:
+    added = add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=_EPILOG)
+    added.add_argument("--json", action="store_true", help="print JSON, for programs")
+    added.add_argument_group("example", f"{added.prog} {example}")  # a paragraph of its own keeps its line
+    added.set_defaults(command=command, parser=added)
+    return added
