@@ -167,14 +167,16 @@ class FlatWeights:
             end += self.parameters[name].numel()
         return places
 
-    def parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def parts(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """A buffer of gradients in the order in which they are finished.
 
         Returns:
-            The part of the head; that of the MLP and of attention's output; all others.
+            The part of the head; of the MLP's gate and up projections; of its down projection and attention's output;
+            of the fusion of captured states; and all others.
         """
-        middle, head = self._places[_GATE_UP[0]], self._places["lm_head.weight"]
-        return buffer[head:], buffer[middle:head], buffer[:middle]
+        names = ("lm_head.weight", _GATE_UP[0], "midlayer.self_attn.o_proj.weight", "fc.weight")
+        head, gate_up, behind, fc = (self._places[name] for name in names)
+        return buffer[head:], buffer[gate_up:behind], buffer[behind:head], buffer[fc:gate_up], buffer[:fc]
 
     @property
     def start_of_matrices(self) -> int:

@@ -103,12 +103,14 @@ class FusedStep:
             tape = self._unroll(plan, input_ids_L, aux_LA)
             result = self._score(plan, tape.head, teacher, with_gradients=with_gradients)
             if with_gradients:
-                of_head, of_mlp, of_others = self._weights.parts(self._weights.grad)
-                on_gradients(of_head)
-                back = self._steps_backward(plan, tape)
-                on_gradients(of_mlp)
-                self._inputs_backward(plan, tape, back, aux_LA)
-                on_gradients(of_others)
+                parts = iter(self._weights.parts(self._weights.grad))
+
+                def finish_part() -> None:
+                    on_gradients(next(parts))
+
+                finish_part()
+                back = self._steps_backward(plan, tape, finish_part)
+                self._inputs_backward(plan, tape, back, aux_LA, finish_part)
         return result
 
     def _provide_angles(self, num_positions: int) -> None:
@@ -231,8 +233,8 @@ class FusedStep:
         counts = StepCounts.count(plan.supervised_SN.bool(), hit_P[plan.pair_SN])
         return UnrollResult(loss_sum=loss_P.sum(), weight_sum=weight_P.sum(), counts=counts)
 
-    def _steps_backward(self, plan: PairPlan, tape: Tape) -> TapeGradients:
-        """From the head's inputs back to the start of the first step; writes the gradients of MLP and output."""
+    def _steps_backward(self, plan: PairPlan, tape: Tape, finish_part: Callable[[], None]) -> TapeGradients:
+        """From the head's inputs back to the start of the first step; finishes the gradients of MLP and output."""
         w = self._weights.copies
         back = TapeGradients.allocate(tape)
         grad_normed_NH: Tensor | None = None
@@ -243,15 +245,20 @@ class FusedStep:
             self._attend_backward(plan, tape, back, grad_attended_NQd, step)
             grad_normed_NH = self._project_backward(plan, back, step)
             grad_state_NH = back.middle_SNH[step]
-        tape.mlp.weight_gradients()
+        tape.mlp.gate_up_gradient()
+        finish_part()
+        tape.mlp.down_gradient()
         attended_XX = tape.attended_SNQd.flatten(2).flatten(0, 1)
         torch.mm(back.middle_SNH.flatten(0, 1).T, attended_XX, out=self._weights.grads.o_HX)
+        finish_part()
         assert grad_normed_NH is not None
         back.normed_NH = grad_normed_NH
         return back
 
-    def _inputs_backward(self, plan: PairPlan, tape: Tape, back: TapeGradients, aux_LA: Tensor) -> None:
-        """From the start of the first step to states and tokens; writes the gradients that are left."""
+    def _inputs_backward(
+        self, plan: PairPlan, tape: Tape, back: TapeGradients, aux_LA: Tensor, finish_part: Callable[[], None]
+    ) -> None:
+        """From the start of the first step to states and tokens; finishes the gradients that are left."""
         w, g, norms = self._weights.copies, self._weights.grads, back.norms
         unrotate_(
             back.first_LU,
@@ -267,12 +274,14 @@ class FusedStep:
             rows=RowGradients(normed_RH=back.normed_NH, sum_RH=back.middle_SNH[0], index_M=plan.row_of_token_L),
         )
         torch.mm(grad_first_LH.T, aux_LA, out=g.fc_HA)
+        finish_part()
         self._token_half_backward(plan, tape, back)
         self._projection_gradients(tape, back)
         g.input_norm_H.copy_(norms.input_GH.sum(dim=0))
         g.hidden_norm_H.copy_(norms.hidden_GH.sum(dim=0))
         g.post_norm_H.copy_(norms.post_GH.sum(dim=0))
         g.final_norm_H.copy_(norms.final_GH.sum(dim=0))
+        finish_part()
 
     def _finish_backward(
         self,

@@ -41,7 +41,7 @@ class Mlp:
     """The MLP of one batch; keeps of each step what its gradients need.
 
     Args:
-        weights: Its gradients are written by `weight_gradients`.
+        weights: Its gradients are written by `gate_up_gradient` and `down_gradient`.
         num_steps: S.
         num_rows: N.
 
@@ -75,9 +75,12 @@ class Mlp:
         swiglu_backward_(self._gate_up_SN2I[step], self.grad_SNH[step] @ self._w.down_HI)
         return self._gate_up_SN2I[step] @ self._w.gate_up_2IH
 
-    def weight_gradients(self) -> None:
-        """Writes the gradients of its weights: one product over all steps for each."""
+    def gate_up_gradient(self) -> None:
+        """Writes the gradient of gate and up projections: one product over all steps."""
         torch.mm(self._gate_up_SN2I.flatten(0, 1).T, self.input_SNH.flatten(0, 1), out=self._g.gate_up_2IH)
+
+    def down_gradient(self) -> None:
+        """The same for the down projection."""
         torch.mm(self.grad_SNH.flatten(0, 1).T, self._active_SNI.flatten(0, 1), out=self._g.down_HI)
 
 
@@ -133,10 +136,13 @@ class Fp8Mlp:
         swiglu_backward_rows(self._gate_up_N2I.pop(), grad_active_NI, grad_NH.scale, out=grad_N2I)
         return product(grad_N2I, self._fp8.gate_up.backward, dtype=self._dtype)
 
-    def weight_gradients(self) -> None:
+    def gate_up_gradient(self) -> None:
         """As of `Mlp`."""
         input_XH = Scaled(values_MK=self.input_SNH.flatten(0, 1), scale=self._fp8.post_scale)
         weight_gradient(self._grad_gate_up_X2I, input_XH, out_NK=self._g.gate_up_2IH)
+
+    def down_gradient(self) -> None:
+        """As of `Mlp`."""
         weight_gradient(self._grad_XH, self._active_XI, out_NK=self._g.down_HI)
 
 

@@ -65,7 +65,8 @@ def autograd(draft, batch, *, num_steps):
     return result, {name: p.grad.clone() for name, p in draft.named_parameters() if p.requires_grad}
 
 
-def run_fused(step, weights, batch, *, num_steps, change=lambda plan: plan, with_gradients=True):
+def run_fused(step, weights, batch, *, num_steps, change=lambda plan: plan, **options):
+    """The sums and gradients of `step`, which takes the other options as they are."""
     device = weights.copy.device
     sequences, tokens = batch["loss_mask_BT"].shape
     rows = plan_rows(batch["loss_mask_BT"].cpu(), num_steps, documents_BT=batch.get("documents_BT"))
@@ -73,9 +74,8 @@ def run_fused(step, weights, batch, *, num_steps, change=lambda plan: plan, with
     dtype = weights.copy.dtype
     hidden_ME = batch["hidden_BTE"].to(device, dtype).flatten(0, 1)[plan.teacher_rows_M]
     teacher = teach(hidden_ME, batch["head_VE"].to(device, dtype), step._draft.target_ids())
-    result = step(
-        plan, batch["input_ids_BT"].to(device).flatten(), batch["aux_BTA"].to(device, dtype).flatten(0, 1), teacher
-    )
+    input_ids_L, aux_LA = batch["input_ids_BT"].to(device).flatten(), batch["aux_BTA"].to(device, dtype).flatten(0, 1)
+    result = step(plan, input_ids_L, aux_LA, teacher, **options)
     return result, {name: weights.view(weights.grad, name).clone() for name in weights.parameters}
 
 

@@ -87,11 +87,28 @@ def test_the_sums_without_gradients_are_the_same_and_leave_gradients_alone():
     batch = make_batch(draft, MASK)
     weights = FlatWeights(draft, dtype=torch.float64)
     step = FusedStep(draft, weights, num_steps=3)
-    learned, grads = run_fused(step, weights, batch, num_steps=3)
-    scored, same = run_fused(step, weights, batch, num_steps=3, with_gradients=False)
+    learned, _ = run_fused(step, weights, batch, num_steps=3)
+    weights.grad.fill_(7.0)
+    scored, grads = run_fused(step, weights, batch, num_steps=3, with_gradients=False)
     assert learned.loss_sum == scored.loss_sum
     assert learned.counts.as_tensor().tolist() == scored.counts.as_tensor().tolist()
-    assert all(torch.equal(grads[name], same[name]) for name in grads)
+    assert {7.0} == {value for grad in grads.values() for value in grad.unique().tolist()}
+
+
+def test_gradients_are_handed_over_when_they_are_finished_each_once():
+    draft = make_draft()
+    weights = FlatWeights(draft, dtype=torch.float64)
+    weights.grad.fill_(7.0)
+    handed = []
+
+    def keep(part):
+        handed.append((part, part.clone()))
+
+    run_fused(FusedStep(draft, weights, num_steps=3), weights, make_batch(draft, MASK), num_steps=3, on_gradients=keep)
+    assert all(torch.equal(then, part) for part, then in handed)
+    places = sorted((part.storage_offset(), len(part)) for part, _ in handed)
+    assert len(weights.grad) == sum(size for _, size in places)
+    assert [start + size for start, size in places[:-1]] == [start for start, _ in places[1:]]
 
 
 def test_a_second_batch_with_another_mask_owes_nothing_to_the_first():
