@@ -6,6 +6,7 @@ the policy stands in for the model's own while it is read.
 """
 
 import contextlib
+import functools
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,18 +143,22 @@ def _concrete(cls: type[_Model], folder: Path, kwargs: dict[str, Any]) -> type[_
 def _reading(cls: type[_Model], evidence: Evidence, places: object) -> Any:
     """The class with another answer to the question how it is tied."""
 
+    @functools.wraps(cls.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        if isinstance(places, Mapping):  # not before: a class may replace its head after it first tied what it had
+            check_places(self, places, evidence)
+
     def tie_weights(self: Any, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         if cls.tie_weights is not PreTrainedModel.tie_weights:  # speech models load their adapters there
             cls.tie_weights(self, missing_keys=missing_keys, recompute_mapping=recompute_mapping)
         if missing_keys is None:
             evidence.built = evidence.policy.plan(self)
             check_size(evidence.built, evidence.weights)
-            if isinstance(places, Mapping):
-                check_places(self, places, evidence)
         else:
             tie_what_was_read_(self, missing_keys, evidence)
 
-    namespace = {"tie_weights": tie_weights, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    namespace = {"__init__": init, "tie_weights": tie_weights, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), namespace)
 
 
