@@ -41,7 +41,7 @@ def pack(lengths: Sequence[int], row_length: int) -> tuple[tuple[int, ...], ...]
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
     # Bit r is set if some row has room for exactly r more tokens, so the best fit is one shift away.
     rooms = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[index]
         fitting = rooms >> length
         if fitting:

@@ -1,18 +1,19 @@
 """Conversations become ids and masks, which are kept for the next run."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from eagle3.conversations import Conversation, Message
 from eagle3.errors import DataError
 from eagle3.files import TensorCache
-from eagle3.tokens import EncodedData, Example, encode, load_tokens
+from eagle3.tokens import EncodedData, Example, encode, kept_tokens, load_tokens
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -90,6 +91,16 @@ def test_a_template_without_end_of_turn_token_supervises_up_to_the_next_turn():
     assert supervised_texts(tokenizer, data.examples[0]) == ["Hello\n"]
 
 
+def test_only_a_special_token_closes_an_answer():
+    """Whether it was added as one or is named as one; other added tokens, as for tools, do not."""
+    tokenizer = make_tokenizer(PLAIN)
+    tokenizer.add_tokens(["<tool>", AddedToken("<stop>", special=True)])
+    tokenizer.eos_token = "!"
+    turns = [turn for answer in ("Hi<tool>", "Hi<stop>", "Hi!") for turn in (("user", "So"), ("assistant", answer))]
+    example = encode([chat(*turns)], tokenizer, max_length=200).examples[0]
+    assert ["Hi<tool>\n", "Hi<stop>", "Hi!"] == supervised_texts(tokenizer, example)
+
+
 def test_tokens_that_cross_from_the_prompt_are_not_supervised():
     """A template may end its prompt in a letter that the tokenizer joins with the answer's first."""
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "u": 2, ":": 3, "ab": 4}, [("a", "b")]))
@@ -108,6 +119,13 @@ def test_thoughts_that_a_template_shows_before_the_last_answer_only_are_no_hindr
     example = encode(chats, tokenizer, max_length=200).examples[0]
     expected = [f"{answer.rpartition('>')[2]}<|im_end|>", "<think></think>Bye<|im_end|>"]
     assert expected == supervised_texts(tokenizer, example)
+
+
+def test_an_earlier_answer_whose_blanks_the_template_strips_is_found():
+    chats = [chat(("user", "Hi"), ("assistant", "Hello \n"), ("user", "Hello"), ("assistant", "Bye"))]
+    tokenizer = make_tokenizer(FORGETFUL.replace("m['content']", "m['content'].strip()"))
+    expected = ["Hello<|im_end|>", "<think></think>Bye<|im_end|>"]
+    assert expected == supervised_texts(tokenizer, encode(chats, tokenizer, max_length=200).examples[0])
 
 
 @pytest.mark.parametrize("change", ["upper", "title", "replace('o', '')"])
@@ -164,6 +182,21 @@ def test_long_conversations_lose_their_end_and_empty_ones_are_dropped():
     assert data.num_supervised == 11 + 3
 
 
+def test_a_conversation_that_just_fits_is_whole():
+    chats = [chat(("user", "Hi"), ("assistant", "Hello"))]
+    length = encode(chats, make_tokenizer(), max_length=200).num_tokens
+    truncated = [encode(chats, make_tokenizer(), max_length=length - less).num_truncated for less in (0, 1)]
+    assert [0, 1] == truncated
+
+
+def test_a_first_token_teaches_nothing_as_nothing_predicts_it():
+    template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    chats = [chat(("assistant", "Hello"))]
+    assert 1 == len(encode(chats, make_tokenizer(template), max_length=2).examples)
+    with pytest.raises(DataError, match="within the first 1 tokens"):
+        encode(chats, make_tokenizer(template), max_length=1)
+
+
 def test_nothing_to_learn_is_an_error():
     with pytest.raises(
         DataError, match=r"None of the 1 conversations has a token of the assistant within the first 99"
@@ -177,6 +210,12 @@ def test_the_digest_tells_ids_masks_and_borders_apart():
     other_mask, other_border = make_data([0, 1], [0, 1]), make_data([0, 1, 1, 1])
     other_ids = EncodedData(examples=one.examples[::-1], num_dropped=0, num_truncated=0)
     assert len({data.digest for data in (one, other_mask, other_border, other_ids)}) == 4
+
+
+def test_the_digest_does_not_run_ids_of_one_example_into_the_mask_of_another():
+    zeros = [Example(input_ids=torch.zeros(n, dtype=torch.int64), loss_mask=torch.zeros(n).bool()) for n in (1, 1, 2)]
+    two, one = (EncodedData(examples=tuple(part), num_dropped=0, num_truncated=0) for part in (zeros[:2], zeros[2:]))
+    assert two.digest != one.digest
 
 
 def write_chats(path, *answers):
@@ -206,6 +245,12 @@ def test_other_data_another_template_and_another_length_have_their_own_tokens(tm
     write_chats(path, "a", "bd")
     load_tokens(path, make_tokenizer(), max_length=90, cache=cache)
     assert 4 == len(kept(cache.folder))
+    assert kept_tokens(path, make_tokenizer(), max_length=90, cache=cache) is not None
+    named = make_tokenizer()
+    named.eos_token = "!"
+    assert kept_tokens(path, named, max_length=90, cache=cache) is None
+    other_format = path.rename(path.with_suffix(".parquet"))
+    assert kept_tokens(other_format, make_tokenizer(), max_length=90, cache=cache) is None
 
 
 def test_a_damaged_cache_file_is_made_anew_and_reported(tmp_path, caplog):
@@ -255,6 +300,7 @@ def test_packing_changes_the_digest_of_a_run_but_not_of_its_tokens():
     assert ((2,), (0, 1)) == packed.packed_rows
     assert (data.token_digest, False) == (packed.token_digest, data.digest == packed.digest)
     assert packed.digest != data.packed(5).digest
+    assert packed.digest != replace(packed, packed_rows=((0, 1), (2,))).digest
 
 
 @st.composite
