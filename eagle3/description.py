@@ -180,13 +180,24 @@ def weights_digest(folder_or_name: str | Path) -> str:
 
 def unreadable(folder_or_name: str | Path, *, part: str, error: Exception) -> TargetError:
     """The error for a part of a target that cannot be loaded."""
-    if Path(folder_or_name).exists():
-        advice = "It must be a folder with config.json, *.safetensors and tokenizer.json of a causal language model."
-    else:
-        folder = Path(folder_or_name).absolute()
-        advice = f"There is no folder {folder}, and no such name in the local Hugging Face cache: download it first."
+    if not Path(folder_or_name).exists() and not _is_cached(folder_or_name):
+        return TargetError(
+            f"There is no target {folder_or_name}: no folder {Path(folder_or_name).absolute()}, and no model of that "
+            "name in the local Hugging Face cache. Give the folder of a model, or download the model first."
+        )
     reason = " ".join(str(error).split())
-    return TargetError(f"The {part} of the target {folder_or_name} cannot be loaded. {advice} ({reason})")
+    return TargetError(
+        f"The {part} of the target {folder_or_name} cannot be loaded. It must be a folder with config.json, "
+        f"*.safetensors and tokenizer.json of a causal language model. ({reason})"
+    )
+
+
+def _is_cached(name: str | Path) -> bool:
+    try:
+        snapshot_download(str(name), local_files_only=True)
+    except LOAD_ERRORS:
+        return False
+    return True
 
 
 def _folder_of(folder_or_name: str | Path) -> Path:

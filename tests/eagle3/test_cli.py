@@ -36,7 +36,7 @@ def test_options_win_over_the_file(world, tmp_path, capfd):
     [
         (
             ["--target.model", "nowhere"],
-            "The tokenizer of the target nowhere cannot be loaded. There is no folder /",
+            "There is no target nowhere: no folder /",
         ),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl cannot be read: No such file or directory"),
         (["--draft.vocab_size", "601"], "draft.vocab_size is 601, but it must be at least"),

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from eagle3.data import Batch
-from eagle3.description import weights_digest
+from eagle3.description import describe_target, load_tokenizer, weights_digest
 from eagle3.errors import ConfigError, TargetError
 from eagle3.target import FrozenTarget
 
@@ -202,11 +203,27 @@ def test_the_asked_dtype_is_that_of_weights_and_features(tmp_path):
     assert {torch.bfloat16} == {loaded.head_VE.dtype, features.aux_BTA.dtype, features.hidden_BTE.dtype}
 
 
-def test_a_path_that_does_not_exist_is_named():
-    with pytest.raises(
-        TargetError, match=r"tokenizer of the target no/such cannot be loaded\. There is no folder /.*/no/such,"
-    ):
-        FrozenTarget.load("no/such", dtype=torch.float32, device="cpu")
+@pytest.mark.parametrize("name", ["no/such", "/no/such/folder"])
+def test_a_target_that_is_not_there_is_one_sentence_and_what_to_do(name):
+    """Nothing of what transformers says about servers that it was not allowed to ask."""
+    expected = (
+        f"There is no target {name}: no folder {Path(name).absolute()}, and no model of that name in the local Hugging "
+        "Face cache. Give the folder of a model, or download the model first."
+    )
+    for read in (load_tokenizer, describe_target, weights_digest):
+        with pytest.raises(TargetError) as caught:
+            read(name)
+        assert expected == str(caught.value)
+
+
+def test_a_part_of_a_downloaded_model_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--some--model"
+    make_model().config.save_pretrained(model / "snapshots" / "0abc")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0abc")
+    with pytest.raises(TargetError, match=r"^The tokenizer of the target some/model cannot be loaded\. It must be a"):
+        load_tokenizer("some/model")
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
