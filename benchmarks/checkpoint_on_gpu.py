@@ -255,6 +255,8 @@ def our_async_rows(model: nn.Module, folder: Path, worker: Any) -> Iterator[Row]
             yield from async_rows(f"tiepolicy_dcp, {worker}", begin, total, kind=kind, then=scramble)
             store.load("LATEST", model=model)
             check(model, expected)
+            # As between the saves of a run: the bytes of what is not kept are gone.
+            store.wait()
     shutil.rmtree(folder / "run")
 
 
@@ -270,6 +272,7 @@ def optimizer_rows(device: torch.device, folder: Path, scale: int) -> Iterator[R
             trained = {"model": model, "optimizer": optimizer, "extra": extra}
             begin = functools.partial(store.async_save, f"step_{number}", **trained)
             yield from async_rows(tool, begin, total, kind=kind)
+            store.wait()
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         remember(store.resolve("LATEST"))
         for verify in ("full", "size"):

@@ -99,6 +99,7 @@ class AsyncSaver:
         *,
         record: Mapping[str, Any] | None = None,
         then: Callable[[], None] = lambda: None,
+        afterwards: Callable[[], None] = lambda: None,
     ) -> PendingSave:
         """Copy what this rank writes, and return; the rest happens in the background.
 
@@ -107,6 +108,7 @@ class AsyncSaver:
             contents: What `collect` returned on this rank.
             record: What a store wants to know of it later.
             then: What rank 0 does once the checkpoint is published.
+            afterwards: What is done after it has ended well; `wait` waits for that, too.
 
         Raises:
             CheckpointError: If the save before this one failed; nothing is begun.
@@ -130,9 +132,10 @@ class AsyncSaver:
                 f"{folder} could not be written: there is no memory for a copy of it: {error}. Nothing was kept"
             ) from error
         self._pending = PendingSave()
-        arguments = (self._pending, job, self._write(copies, digest=contents.digests), then)
+        arguments = (self._pending, job, self._write(copies, digest=contents.digests), then, afterwards)
         # No daemon: a process that ends while it saves waits until that is done.
-        threading.Thread(target=self._run, args=arguments, name=f"save {folder.name}").start()
+        self._thread = threading.Thread(target=self._run, args=arguments, name=f"save {folder.name}")
+        self._thread.start()
         return self._pending
 
     def wait(self) -> None:
@@ -143,6 +146,7 @@ class AsyncSaver:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
+            self._thread.join()
             on_all_ranks(pending.settle)
 
     def close(self) -> None:
@@ -170,7 +174,14 @@ class AsyncSaver:
             return lambda path: write_tensors(path, copies, digest=digest, streams=staging.streams)
         return lambda path: process.write(path, staging.fetch(copies), digest=digest)
 
-    def _run(self, pending: PendingSave, job: Job, write: Callable[[Path], Written], then: Callable[[], None]) -> None:
+    def _run(
+        self,
+        pending: PendingSave,
+        job: Job,
+        write: Callable[[Path], Written],
+        then: Callable[[], None],
+        afterwards: Callable[[], None],
+    ) -> None:
         try:
             complete(job, write=write, group=self._group)
             on_first_rank(then, group=self._group)
@@ -181,6 +192,7 @@ class AsyncSaver:
             pending.finish(error)
         else:
             pending.finish(job.folder)
+            afterwards()
 
 
 def async_save(

@@ -67,12 +67,12 @@ def discard(unfinished: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def delete(folder: Path) -> None:
-    """Delete a checkpoint: at once by its name, then byte by byte."""
+def withdraw(folder: Path) -> Path:
+    """Take a checkpoint's name away at once; its bytes are left where this says, as a leftover to be removed."""
     doomed = temporary(folder, "doomed")
     folder.rename(doomed)
     flush_folder(folder.parent)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def remove_leftovers(root: Path, *, name: str | None = None) -> None:

@@ -2,7 +2,10 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +16,7 @@ from tiepolicy import Owners, TiePlan
 from tiepolicy.errors import TiePolicyError
 from tiepolicy.files import Verify
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
-from tiepolicy_dcp._folder import delete, remove_leftovers
+from tiepolicy_dcp._folder import remove_leftovers, withdraw
 from tiepolicy_dcp._load import Restored, load
 from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, WriterLock, move_pointers, read_pointer
 from tiepolicy_dcp._ranks import on_first_rank
@@ -69,6 +72,8 @@ class CheckpointStore:
         self._savers: dict[Worker, AsyncSaver] = {}
         #: What was read of the checkpoints under the root since it was taken, on rank 0.
         self._records: dict[str, Record] = {}
+        #: Where the bytes lie of what is not kept, by its name, until they are removed.
+        self._doomed: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +135,7 @@ class CheckpointStore:
         )
         folder = complete(begin(self.root / name, contents, record=record))
         on_first_rank(lambda: self._commit(name))
+        self._remove_doomed()
         return folder
 
     def async_save(
@@ -164,8 +170,8 @@ class CheckpointStore:
             worker: Who writes meanwhile: a "thread", or another "process", which does not compete for the interpreter.
 
         Returns:
-            What tells when the checkpoint is published. A process that ends before waits for it; one that is killed
-            leaves the checkpoint before it.
+            What tells when the checkpoint is published; what is not kept has lost its name then, and its bytes soon. A
+            process that ends before waits for it; one that is killed leaves the checkpoint before it.
 
         Raises:
             CheckpointError: If the save under way failed, or as `save` says for all that can be known before the files
@@ -177,7 +183,8 @@ class CheckpointStore:
         if worker not in self._savers:
             self._savers[worker] = AsyncSaver(worker)
         saver = self._savers[worker]
-        return saver.start(self.root / name, contents, record=record, then=lambda: self._commit(name))
+        folder, commit = self.root / name, partial(self._commit, name)
+        return saver.start(folder, contents, record=record, then=commit, afterwards=self._remove_doomed)
 
     def wait(self) -> None:
         """Wait for the save that `async_save` began.
@@ -298,7 +305,7 @@ class CheckpointStore:
         latest = read_pointer(self.root, LATEST)
         published = 0 if latest is None else numbers.get(latest, math.inf)
         if numbers.get(name, 0) > published:  # its save was killed before LATEST could name it
-            delete(self.root / name)
+            shutil.rmtree(withdraw(self.root / name))
             del numbers[name], self._records[name]
         return 1 + max(numbers.values(), default=0)
 
@@ -327,10 +334,22 @@ class CheckpointStore:
                 "again, under the same name or another, once the disk can be written"
             ) from error
         for record in self.retention.doomed(self._records.values(), pointed=names.values()):
-            try:
-                delete(self.root / record.name)
-            except OSError as error:  # the new checkpoint is safe, so training need not end
-                logger.warning("%s is not kept, but could not be deleted: %s", self.root / record.name, error)
+            with self._deleting(record.name):
+                self._doomed[record.name] = withdraw(self.root / record.name)
+
+    def _remove_doomed(self) -> None:
+        """Rank 0: free the room of what lost its name."""
+        while self._doomed:
+            name, folder = self._doomed.popitem()
+            with self._deleting(name):
+                shutil.rmtree(folder)
+
+    @contextmanager
+    def _deleting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # the new checkpoint is safe, so training need not end
+            logger.warning("%s is not kept, but could not be deleted: %s", self.root / name, error)
 
     def _inventory(self) -> str:
         names = self.names()

@@ -2,9 +2,11 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,6 +111,25 @@ def test_a_save_under_way_can_be_asked_about_and_the_next_one_waits_for_it(tmp_p
         store.save("three", model=TiedPair())
         assert (True, tmp_path / "three") == (pending.done(), store.resolve("LATEST"))
     assert ["one", "three", "two"] == store.names()
+
+
+def test_a_checkpoint_is_done_before_the_bytes_of_those_not_kept_are_removed_and_the_next_save_after(
+    tmp_path, monkeypatch
+):
+    may_remove, remove = threading.Event(), shutil.rmtree
+
+    def remove_then(folder, **options):
+        assert folder.suffix != ".doomed" or may_remove.wait(timeout=60)
+        remove(folder, **options)
+
+    with CheckpointStore(tmp_path, keep_last=1) as store:
+        store.save("one", model=TiedPair())
+        monkeypatch.setattr(shutil, "rmtree", remove_then)
+        store.async_save("two", model=TiedPair()).result(timeout=60)
+        assert (["two"], 1) == (store.names(), len(list(tmp_path.glob(".one.*"))))
+        may_remove.set()
+        store.wait()
+        assert [] == list(tmp_path.glob(".one.*"))
 
 
 def test_a_killed_worker_is_an_error_that_says_so_and_the_next_save_starts_another(tmp_path):
