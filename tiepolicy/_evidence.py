@@ -87,9 +87,7 @@ def view_within(owner: TensorFact, part: TensorFact) -> View | None:
 
 
 def described(context: object) -> Hashable:
-    """What a tensor subclass says about itself, so that comparing it reads no tensor; else its own identity."""
-    if isinstance(context, torch.Tensor):
-        return id(context)
+    """What a tensor subclass says of itself, to be compared without reading a tensor; else its own identity."""
     if dataclasses.is_dataclass(context) and not isinstance(context, type):
         return type(context), tuple(described(getattr(context, field.name)) for field in dataclasses.fields(context))
     if isinstance(context, Mapping):
@@ -100,4 +98,4 @@ def described(context: object) -> Hashable:
         hash(context)
     except TypeError:
         return id(context)
-    return context
+    return id(context) if isinstance(context, torch.Tensor) else context

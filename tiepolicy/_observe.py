@@ -213,15 +213,14 @@ def _fact(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:
 
 
 def _shape(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
-    is_nested = tensor.is_nested
-    shape = () if is_nested else tuple(tensor.shape)
-    if is_nested or any(type(size) is not int for size in shape):
-        problem = "is nested, so it has no shape" if is_nested else f"has the symbolic shape {shape}"
-        advice = "plan its values and offsets, or pad it" if is_nested else "plan the model where it is not traced"
-        raise ObservationError(
-            f"{name} {problem}, and a plan needs every size as a whole number; {advice}", names=[name]
-        )
-    return shape
+    if not tensor.is_nested:
+        shape = tuple(tensor.shape)
+        if all(type(size) is int for size in shape):
+            return shape
+        problem, advice = f"has the symbolic shape {shape}", "plan the model where it is not traced"
+    else:
+        problem, advice = "is nested, so it has no shape", "plan its values and offsets, or pad it"
+    raise ObservationError(f"{name} {problem}, and a plan needs every size as a whole number; {advice}", names=[name])
 
 
 def _seen(name: str, kind: Kind, tensor: torch.Tensor) -> TensorFact:

@@ -76,24 +76,23 @@ class Policy:
         return self._plugins.described()
 
     def plan(self, source: TensorSource, *, external: Owners | None = None, digests: bool = False) -> TiePlan:
-        """Decide which parameters and persistent buffers of a module, or tensors of a mapping, are one tensor.
+        """Decide as `tiepolicy.plan`, with the plugins of this policy.
 
         Reads no tensor data, except for `digests`. The plan depends on the model alone: not on the order of names, the
         rank or the device.
 
         Args:
-            source: A module, or a mapping of tensors.
-            external: Other models, by the names to know them under. A tensor that is theirs is an external tie.
-            digests: Whether to read the external tensors and record their digests, so that `TiePlan.compact` may
-                leave them out. Without, they are recognised and stored.
+            source: A module, its parameters and persistent buffers, or a mapping of tensors.
+            external: As there; a tensor that is theirs is an external tie.
+            digests: As there; without, external tensors are recognised and stored.
 
         Returns:
             The plan, which keeps none of the tensors.
 
         Raises:
-            ObservationError: If the source holds something that is no named tensor.
-            PluginError: If a plugin raises or answers with a wrong type.
-            UnsafeVerdictError: If a plugin calls names one tensor that are not.
+            ObservationError: As there.
+            PluginError: As there.
+            UnsafeVerdictError: As there.
         """
         facts = observe(source)
         specs = facts.specs()  # before all else: it refuses what has no shape
@@ -122,14 +121,13 @@ class Policy:
 
         Args:
             model: The module to change.
-            keep: "canonical" to give all names of a tie the value of the one that is stored. By default equal values
-                need no choice, and different ones are an error.
+            keep: As for `tiepolicy.tie`.
 
         Returns:
             The plan of the model as it is now.
 
         Raises:
-            TieConflictError: If values differ and nobody says which to keep. Nothing was changed then.
+            TieConflictError: As there.
             TiePolicyError: If one of the names is a view of a part of a third tensor.
         """
         check_module(model)

@@ -160,8 +160,11 @@ def _derive(
             note = f"{alias.name} and {canonical} were one tensor when saved; each gets its values"
             return Action(kind=ActionKind.COPY, saved=canonical, name=name, view=alias.view, note=note)
     else:
-        for partner, claimant in _same_shaped_partners(name, refusals):
-            if partner in saved:
+        for refusal in refusals:
+            claim, reason = refusal.claim, refusal.verdict.reason
+            partner = next((partner for partner in claim.names if partner != name and partner in saved), None)
+            if partner is not None and reason is Reason.DECLARED_NOT_TIED:  # they could be one in the live model
+                claimant = claim.detail or claim.source
                 note = f"assumed one tensor with {partner} when saved, as {claimant} claims; both get its values"
                 return Action(kind=ActionKind.COPY, saved=partner, name=name, note=note)
     return None
@@ -188,17 +191,6 @@ def _check_filled(action: Action, others: list[str]) -> None:
             "which is a part of it in the model. Nothing was loaded",
             names=[action.name, *others],
         )
-
-
-def _same_shaped_partners(name: str, refusals: list[RefusedClaim]) -> list[tuple[str, str]]:
-    """Names that somebody claims are one tensor with `name`, refused only because they are not so in the live model."""
-    return [
-        (partner, refusal.claim.detail or str(refusal.claim.source))
-        for refusal in refusals
-        if refusal.verdict.reason is Reason.DECLARED_NOT_TIED
-        for partner in refusal.claim.names
-        if partner != name
-    ]
 
 
 def _check_companions(plan: TiePlan, saved: TiePlan, stored: Mapping[str, TensorSpec]) -> None:

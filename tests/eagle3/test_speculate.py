@@ -15,13 +15,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from eagle3.blueprint import draft_config
 from eagle3.config import DraftConfig
 from eagle3.draft import Draft
 from eagle3.errors import TargetError
-from eagle3.speculate import Greedy, Limits, Sampled, random_choice, write_with_draft
+from eagle3.speculate import Greedy, Limits, Proposal, Sampled, random_choice, write_with_draft
 from eagle3.target import FrozenTarget
 from eagle3.unroll import TrainingTimeTest, plan_rows
 
@@ -83,6 +85,20 @@ def test_greedy_text_is_the_targets_token_by_token(num_drafted, options):
     assert num_accepted > 0
 
 
+def test_a_target_with_a_sliding_window_takes_rejected_tokens_back_too():
+    """Its own cache would have dropped for good what a rejected token pushed out of the window."""
+    plain, draft = make_pair()
+    sizes = {name: getattr(plain.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.4}
+    window = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+    config = Qwen2Config(**sizes, **heads, **window, eos_token_id=None, bos_token_id=None)
+    assert {"full_attention", "sliding_attention"} == set(config.layer_types)
+    target = FrozenTarget(Qwen2ForCausalLM(config).double(), tokenizer=plain.tokenizer)
+    written = write_with_draft(target, draft, [3, 1, 5], rule=Greedy(), limits=limits())
+    assert generated(target, [3, 1, 5]) == written.ids
+    assert sum(written.accepted) < sum(written.drafted)
+
+
 class Told(Greedy):
     """Proposes what it was told instead of what the draft says."""
 
@@ -126,24 +142,41 @@ def test_a_stop_token_is_the_last_one_wherever_it_comes(place):
         assert sum(written.accepted) + written.num_passes in (len(expected), len(expected) + 1)
 
 
+class Recorded(Greedy):
+    """Keeps the logits that it draws from."""
+
+    def __init__(self):
+        self.logits = []
+
+    def propose(self, logits_D):
+        self.logits.append(logits_D)
+        return super().propose(logits_D)
+
+
 @pytest.mark.parametrize("options", [{}, {"norm_before_residual": True, "norm_output": True, "norm_before_fc": True}])
 def test_a_chain_proposes_what_the_training_time_test_learns(options):
-    """Rows, tokens, positions and states of decoding are those of training: each pass keeps as many as its row hits."""
+    """Rows, tokens, positions and states of decoding are those of training: each pass keeps as many as its row hits.
+
+    And up to the first miss its logits are those of its row.
+    """
     num_steps, num_hits = 4, 0
     for seed in range(5):
         target, draft = make_pair(seed=seed, **options)
-        prompt = [1, 2, 3]
-        written = write_with_draft(target, draft, prompt, rule=Greedy(), limits=limits(num_drafted=num_steps))
+        prompt, rule = [1, 2, 3], Recorded()
+        written = write_with_draft(target, draft, prompt, rule=rule, limits=limits(num_drafted=num_steps))
         ids_BT = torch.tensor([[*prompt, *written.ids]])
         plan = plan_rows(torch.ones_like(ids_BT), num_steps)
         unroll = TrainingTimeTest(draft, num_steps=num_steps)
         states_SNH = unroll._unroll(ids_BT, target.features(ids_BT).aux_BTA, plan)
-        proposed_SN = draft.target_ids()[draft.lm_head(states_SNH).argmax(dim=-1)]
-        row = len(prompt) - 1
+        logits_SND = draft.lm_head(states_SNH)
+        proposed_SN = draft.target_ids()[logits_SND.argmax(dim=-1)]
+        row, drawn = len(prompt) - 1, iter(rule.logits)
         for num_drafted, num_accepted in zip(written.drafted, written.accepted, strict=True):
             true = ids_BT[0, row + 2 : row + 2 + num_drafted]
             hits = (proposed_SN[:num_drafted, row] == true).long().cumprod(dim=0)
             assert int(hits.sum()) == num_accepted
+            for step, logits_D in enumerate(itertools.islice(drawn, num_drafted)):
+                assert step > num_accepted or torch.allclose(logits_SND[step, row], logits_D, rtol=0, atol=1e-9)
             num_hits += num_accepted
             row += num_accepted + 1
     assert num_hits > 0
@@ -232,3 +265,19 @@ def test_a_seed_decides_a_sampled_text():
 
     assert text(0) == text(0)
     assert text(0) != text(1)
+
+
+def test_where_draft_and_target_agree_a_token_that_falls_is_drawn_from_the_target():
+    """Of p - q nothing is left then, as where the two differ by rounding alone."""
+    logits_RV, drawn = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), []
+    rule = Sampled(temperature=1.0, choose=lambda probabilities: drawn.append(probabilities) or 0)
+    _, p_V = rule.propose(logits_RV[0])
+    assert (0, 0) == rule.judge([Proposal(token=1, q_V=p_V)], logits_RV)
+    assert torch.equal(p_V, drawn[-1])
+
+
+def test_probabilities_are_made_in_float32_of_logits_of_fewer_bits():
+    rule = Sampled(temperature=0.7, choose=lambda probabilities: int(probabilities.argmax()))
+    logits_D = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
+    _, q_D = rule.propose(logits_D)
+    assert torch.equal((logits_D.float() / 0.7).softmax(dim=-1), q_D)
