@@ -1,10 +1,11 @@
-"""Step 16: the draft's config: that of a Llama with one layer which fits the target, kept in the folder of the run."""
+"""Step 14: the draft's config: that of a Llama with one layer which fits the target, kept in the folder of the run."""
 
 import copy
 import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -25,7 +26,12 @@ _NEEDED = (
     "rope_parameters",
 )
 
+#: Of the settings and of configs alike.
+NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+
 _DEFAULTS = DraftConfig()
+#: In configs, the layers whose inputs a draft reads.
+LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 def draft_config(target_config: Any, *, draft_vocab_size: int, options: DraftConfig = _DEFAULTS) -> LlamaConfig:
@@ -69,7 +75,7 @@ def draft_config(target_config: Any, *, draft_vocab_size: int, options: DraftCon
     )
     config.draft_vocab_size = draft_vocab_size
     config.target_hidden_size = text.hidden_size
-    for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
+    for name in NORMS:
         setattr(config, name, getattr(options, name))
     return config
 
@@ -83,7 +89,7 @@ def _check(text: Any, draft_vocab_size: int, options: DraftConfig) -> None:
         )
     if not 1 <= draft_vocab_size <= text.vocab_size:
         raise DraftError(
-            f"draft_vocab_size is {draft_vocab_size}, but the draft's vocabulary must be a part of the target's, which "
+            f"draft.vocab_size is {draft_vocab_size}, but the draft's vocabulary must be a part of the target's, which "
             f"has {text.vocab_size} tokens. Set it to a number from 1 to {text.vocab_size}."
         )
     hidden_size = options.hidden_size or text.hidden_size
@@ -92,29 +98,29 @@ def _check(text: Any, draft_vocab_size: int, options: DraftConfig) -> None:
             f"The draft's hidden_size {hidden_size} is not a multiple of the target's num_attention_heads "
             f"{text.num_attention_heads}, which a Llama config does not allow. Set draft.hidden_size to a multiple."
         )
-    _check_rope(text.rope_parameters)
+    _check_rope(text.rope_parameters, "The target's rope_parameters")
 
 
-def _check_rope(rope: dict[str, Any]) -> None:
+def _check_rope(rope: dict[str, Any], which: str) -> None:
     nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
     if nested:
         raise DraftError(
-            f"The target's rope_parameters differ by kind of layer ({', '.join(nested)}), and a draft of one layer has "
-            "one rope. Choose a target whose layers share one."
+            f"{which} differ by kind of layer ({', '.join(nested)}), and a draft of one layer has "
+            "one rope. Choose a model whose layers share one."
         )
     kind = rope.get("rope_type", "default")
     if kind not in ("default", *ROPE_INIT_FUNCTIONS):
         raise DraftError(
-            f"The target's rope_parameters are of type {kind!r}, which this version of transformers does not know; it "
-            f"knows default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}. Update transformers, or choose another target."
+            f"{which} are of type {kind!r}, which this version of transformers does not know; it "
+            f"knows default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}. Update transformers, or choose another model."
         )
     # transformers' Llama ignores this factor in the default rope, serving engines obey it: the draft would be trained
     # with other rotations than it is served with.
     factor = rope.get("partial_rotary_factor", 1.0)
     if factor != 1.0:
         raise DraftError(
-            f"The target's rope_parameters rotate only a part of each head (partial_rotary_factor {factor}), which a "
-            "Llama-shaped draft cannot do. Choose a target that rotates whole heads."
+            f"{which} rotate only a part of each head (partial_rotary_factor {factor}), which a "
+            "Llama-shaped draft cannot do. Choose a model that rotates whole heads."
         )
 
 
@@ -127,20 +133,53 @@ def write_draft_config(out: Path, config: LlamaConfig) -> None:
     write_in_run(out / DRAFT_CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
-def read_draft_config(out: Path) -> LlamaConfig:
-    """The draft's config from the folder of its run. Its `tie_word_embeddings` is a claim like any other.
+def read_draft_config(folder: Path) -> LlamaConfig:
+    """The config of the draft in a folder: of a run, of a checkpoint of one, or one that engines load.
+
+    Where the last is silent, it has what engines assume. Its `tie_word_embeddings` is a claim like any other.
 
     Raises:
-        DraftError: If it is missing or cannot be read.
+        DraftError: There is none, it cannot be read, or has another rope than `draft_config` allows.
     """
-    path = out / DRAFT_CONFIG
+    run = run_of(folder)
+    path = folder / "config.json" if run is None else run / DRAFT_CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["eagle_aux_hidden_state_layer_ids"]  # of a draft, and not of any Llama
-        config: LlamaConfig = LlamaConfig.from_dict(content)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        # The speculators format nests the layer's fields, and assumes one of the norms.
+        layer = content.get("transformer_layer_config")
+        config: LlamaConfig = LlamaConfig.from_dict(layer or content)
+        for name in NORMS:
+            setattr(config, name, content.get(name, name == "norm_before_residual" and layer is not None))
+        config.draft_vocab_size = content.get("draft_vocab_size") or (layer or content)["vocab_size"]
+        config.target_hidden_size = content.get("target_hidden_size") or config.hidden_size
+        # SGLang's ids, which may stand alone, are one lower than vLLM's.
+        outputs = (content.get("eagle_config") or {}).get(LAYERS) or ()
+        setattr(config, LAYERS, content.get(LAYERS) or [layer + 1 for layer in outputs] or None)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise DraftError(
-            f"The draft's config {path} cannot be read ({reason(error)}). A run is resumed with the --out it was "
-            "started with."
+            f"The draft's config {path} cannot be read ({reason(error)}). Give the --out that a run was started with, "
+            "a checkpoint of one, or a folder that engines load."
         ) from error
+    _check_rope(config.rope_parameters, f"The rope_parameters of {path}")
     return config
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is, or is a checkpoint of; None for one that engines load."""
+    runs = () if (folder / "config.json").exists() else (folder, folder.absolute().parents[1])
+    return next((run for run in runs if (run / DRAFT_CONFIG).exists()), None)
+
+
+def require_draft(config: LlamaConfig, folder: Path, **needed: Any) -> None:
+    """Refuses the draft in a folder if its config has other values than what is `needed`.
+
+    Raises:
+        DraftError: It has.
+    """
+    own = {name: getattr(config, name) for name in needed}
+    wrong = [f"{name} {own[name]}, not {value}" for name, value in needed.items() if own[name] != value]
+    if wrong:
+        raise DraftError(
+            f"The draft in {folder} has {'; '.join(wrong)}, as the settings or this trainer need it. Leave out what is "
+            "set, and it follows the draft, or choose another draft."
+        )

@@ -215,16 +215,9 @@ class RunCheckpoints:
         """
         folder = self.store.resolve(reference)
         logger.info("Resuming from checkpoint: %s", folder)
-        another_target = (
-            f"{folder} holds a draft of another target than {state.config.target.model}: the embedding or the head "
-            "differs. Give the target that the run was started with, or start a new run."
-        )
+        owner = (state.external, state.target_digest)
         try:
-            restored = load_draft_(
-                self.store, folder, state.draft, external=state.external, optimizer=state.optimizer.adamw
-            )
-        except ExternalOwnerError as error:
-            raise CheckpointError(another_target) from error
+            restored = load_draft_(self.store, folder, state.draft, *owner, optimizer=state.optimizer.adamw)
         except ShapeMismatchError as error:
             if _EMBEDDING not in error.names:
                 raise
@@ -233,16 +226,14 @@ class RunCheckpoints:
                 f"{state.config.target.model} in {state.config.target.dtype}: {error}."
             ) from error
         try:
-            progress, rng, saved_config = (restored.extra[key] for key in ("progress", "rng", "config"))
-            digests = {key: restored.extra[key] for key in ("data_digest", "target_digest")}
+            names = ("progress", "rng", "config", "data_digest")
+            progress, rng, saved_config, data_digest = (restored.extra[name] for name in names)
             state.progress.epoch, state.progress.step = progress["epoch"], progress["step"]
             state.progress.num_seen = progress["num_seen"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} was not written by this trainer: it has no {error}.") from error
         _check_settings(folder, saved=saved_config, now=asdict(state.config))
-        if digests["target_digest"] != state.target_digest:
-            raise CheckpointError(another_target)
-        if digests["data_digest"] != state.data_digest:
+        if data_digest != state.data_digest:
             raise CheckpointError(
                 f"{folder} was trained on other data than this run has (data.train, data.max_length, data.packing, "
                 "or the target's tokenizer or chat template changed), so its place in the data means nothing here. "
@@ -265,7 +256,13 @@ def owners_of(target: Target) -> Owners:
 
 
 def load_draft_(
-    store: CheckpointStore, folder: Path, draft: Draft, *, external: Owners, optimizer: Optimizer | None = None
+    store: CheckpointStore,
+    folder: Path,
+    draft: Draft,
+    external: Owners,
+    digest: str,
+    *,
+    optimizer: Optimizer | None = None,
 ) -> Restored:
     """Fill a draft, and perhaps its optimizer, from a checkpoint that may leave the embedding to the target.
 
@@ -277,12 +274,29 @@ def load_draft_(
         folder: The checkpoint.
         draft: Already shares the target's embedding, if it is as wide as the target.
         external: What `owners_of` gives.
+        digest: What `target_digest` gives.
         optimizer: Of the draft.
 
     Raises:
-        ExternalOwnerError: If the target has another embedding than the draft was trained with.
+        CheckpointError: If the target has another embedding or head than the draft was trained with.
         TiePolicyError: If the checkpoint is missing or damaged, or belongs to another draft.
     """
+    another = CheckpointError(
+        f"{folder} holds a draft of another target: the embedding or the head differs. Give the target that it was "
+        "trained for."
+    )
+    try:
+        restored = _load_draft_(store, folder, draft, external, optimizer)
+    except ExternalOwnerError as error:
+        raise another from error
+    if restored.extra.get("target_digest", digest) != digest:
+        raise another
+    return restored
+
+
+def _load_draft_(
+    store: CheckpointStore, folder: Path, draft: Draft, external: Owners, optimizer: Optimizer | None
+) -> Restored:
     try:
         return store.load(folder, model=draft, optimizer=optimizer, external=external)
     except (DtypeMismatchError, TieConflictError) as error:
@@ -297,10 +311,7 @@ def load_draft_(
     finally:
         draft.embed_tokens.weight = shared
     if not torch.equal(own.to(shared.dtype), shared):
-        raise ExternalOwnerError(
-            f"{_EMBEDDING} {tuple(own.shape)} of {folder} is not the target's, though it was when the run was started",
-            names=[_EMBEDDING],
-        )
+        raise ExternalOwnerError("the stored one is not the target's", names=[_EMBEDDING])
     return restored
 
 

@@ -144,7 +144,6 @@ class Draft(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        assert config.num_hidden_layers == 1
         self.config = config
         width, eps = config.target_hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -188,11 +187,6 @@ class Draft(nn.Module):
             DraftError: A tensor of the target has another shape than the draft's config says.
         """
         self._check_target(embedding=embedding_VE, head=head_VE)
-        if len(draft_ids_D) != self.config.draft_vocab_size:
-            raise DraftError(
-                f"The draft vocabulary has {len(draft_ids_D)} tokens, but the draft's config says draft_vocab_size "
-                f"{self.config.draft_vocab_size}. Build both from the same number."
-            )
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(std=self.config.initializer_range)
@@ -236,7 +230,7 @@ class Draft(nn.Module):
             if tuple(tensor.shape) != expected:
                 raise DraftError(
                     f"The target's {name} has shape {tuple(tensor.shape)}, but the draft's config describes "
-                    f"{expected} (vocab_size, target_hidden_size). Build the config from this target."
+                    f"{expected} (vocab_size, target_hidden_size). Give the target that the draft was made for."
                 )
 
     def fuse(self, aux: Tensor) -> Tensor:

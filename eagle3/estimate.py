@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from eagle3.blueprint import draft_config
+from eagle3.blueprint import draft_config, read_draft_config
 from eagle3.cache import bytes_per_token
 from eagle3.commands import DeviceName, EstimateConfig
 from eagle3.config import RunConfig
 from eagle3.conversations import count_conversations
 from eagle3.description import TargetDescription, choose_layers, describe_target, model_class
 from eagle3.draft import Draft
-from eagle3.errors import ConfigError
 from eagle3.forecast import Forecast
 from eagle3.inputs import asked_layers, known_data
 from eagle3.speed import ASSUMED, ATTENTION, DEVICES, FP8, PRODUCTS, Supervision
@@ -98,13 +97,14 @@ def estimate(config: RunConfig, *, num_processes: int, device: DeviceName = "h20
     """
     description = describe_target(config.target.model)
     layers = choose_layers(description.config.num_hidden_layers, asked_layers(config))
-    vocab_size = config.draft.vocab_size or description.vocab_size
-    if vocab_size > description.vocab_size:
-        raise ConfigError(
-            f"draft.vocab_size is {vocab_size}, but the target's vocabulary has only {description.vocab_size} tokens."
-        )
+    options = config.draft
+    vocab_size = options.vocab_size or description.vocab_size
     with torch.device("meta"):
-        draft = Draft(draft_config(description.config, draft_vocab_size=vocab_size, options=config.draft))
+        draft = Draft(
+            draft_config(description.config, draft_vocab_size=vocab_size, options=options)
+            if options.init_from is None
+            else read_draft_config(Path(options.init_from))
+        )
         target = model_class(description.whole_config).from_config(description.whole_config)
     forecast = Forecast(config, draft, target, num_processes=num_processes)
     trainable = forecast.num_weights
@@ -258,7 +258,9 @@ def _estimate_data(config: RunConfig, description: TargetDescription) -> DataEst
         num_tokens=data.num_tokens,
         supervision=Supervision.of(data),
         num_rows=data.num_rows,
-        coverage=choose_draft_vocab(counts_V, size=config.draft.vocab_size, forced_ids=forced).coverage,
+        coverage=choose_draft_vocab(counts_V, size=config.draft.vocab_size, forced_ids=forced).coverage
+        if config.draft.init_from is None
+        else None,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eagle3.blueprint import NORMS
 from eagle3.commands import ExportConfig, Format
 from eagle3.draft import Draft
 from eagle3.errors import ConfigError, ExportError
@@ -182,10 +183,7 @@ def _layer_config(trained: TrainedDraft) -> dict[str, Any]:
 
 def _norms(draft: Any) -> dict[str, bool]:
     # All of them, also the false ones: readers differ in what they take a missing one for.
-    return {
-        name: bool(getattr(draft, name))
-        for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-    }
+    return {name: bool(getattr(draft, name)) for name in NORMS}
 
 
 def _tensors(draft: Draft, *, kind: Format) -> dict[str, Tensor]:

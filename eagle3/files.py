@@ -139,7 +139,7 @@ def naming_disk_errors(place: Path) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Why something cannot be read or written, without the path that the system puts before it."""
-    return getattr(error, "strerror", None) or str(error)
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 
 @contextmanager

@@ -1,18 +1,26 @@
-"""Step 35: opens what a run left: its settings, the draft of one checkpoint, and the target it was made for."""
+"""Step 30: opens drafts that exist: what a run left, beside its target, and what another run starts from."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from eagle3.blueprint import read_draft_config
+from eagle3.blueprint import LAYERS, read_draft_config, require_draft, run_of
 from eagle3.checkpoint import RunCheckpoints, load_draft_, owners_of, target_digest
-from eagle3.config import RunConfig, read_run_config
+from eagle3.config import DraftConfig, RunConfig, read_run_config
 from eagle3.draft import Draft
-from eagle3.errors import TargetError
+from eagle3.errors import DraftError
+from eagle3.files import reason
+from eagle3.inputs import Target
 from eagle3.parallel import Ranks
 from eagle3.target import FrozenTarget
-from tiepolicy.errors import ExternalOwnerError
+from tiepolicy_dcp import CheckpointStore
+
+logger = logging.getLogger("eagle3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +54,9 @@ def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> 
 
     Raises:
         ConfigError: The folder holds no run.
-        TargetError: The target is missing, or is not the one that the draft was trained for.
+        TargetError: The target is missing.
+        DraftError: The target has another shape than the one that the draft was trained for.
+        CheckpointError: It is not that one.
         TiePolicyError: There is no such checkpoint, or it is damaged.
     """
     config, shape = read_run_config(run), read_draft_config(Path(run))
@@ -60,25 +70,10 @@ def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> 
         device=device,
         layers=shape.eagle_aux_hidden_state_layer_ids,
     )
-    sizes = (shape.vocab_size, shape.target_hidden_size)
-    if tuple(loaded.embedding_VE.shape) != sizes:
-        raise TargetError(
-            f"The draft of {run} was trained for a target with an embedding of shape {sizes}, but that of "
-            f"{target_folder} has {tuple(loaded.embedding_VE.shape)}. Give the target that the run was started with."
-        )
     draft = Draft(shape).eval()
     draft.share_embedding_(loaded.embedding_VE)
     draft.to(device)
-    another_target = (
-        f"The target {target_folder} is not the one that the draft of {run} was trained for, though its embedding has "
-        "the same shape: its embedding or its head holds other numbers. Give the target that the run was started with."
-    )
-    try:
-        extra = load_draft_(store, folder, draft, external=owners_of(loaded)).extra
-    except ExternalOwnerError as error:
-        raise TargetError(another_target) from error
-    if extra["target_digest"] != target_digest(loaded):
-        raise TargetError(another_target)
+    extra = load_draft_(store, folder, draft, owners_of(loaded), target_digest(loaded)).extra
     return TrainedDraft(
         config=config,
         checkpoint=folder,
@@ -87,3 +82,64 @@ def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> 
         target=loaded,
         target_folder=str(target_folder),
     )
+
+
+@torch.no_grad()
+def init_from_existing_(draft: Draft, folder: Path, *, target: Target, options: DraftConfig) -> None:
+    """Gives a draft the weights and the vocabulary of one that exists, which keeps its heads and its rope.
+
+    Args:
+        draft: Of the config that `read_draft_config` gives. Its embedding stays the target's, if it is as wide as that.
+        folder: Where the other draft is; of a run, the last checkpoint.
+        target: Of the draft.
+        options: What is not at its default must be so in the draft.
+
+    Raises:
+        DraftError: The draft does not fit the options or the target, or its weights not its config.
+        CheckpointError: The checkpoint is of another target.
+        TiePolicyError: It is missing or damaged.
+    """
+    config, layers = draft.config, list(target.layer_ids)
+    config.eagle_aux_hidden_state_layer_ids = config.eagle_aux_hidden_state_layer_ids or layers
+    needed: dict[str, Any] = {LAYERS: layers, "num_hidden_layers": 1, "hidden_act": "silu"}
+    for name, value in asdict(options).items():
+        if value != getattr(DraftConfig, name) and name not in ("init_from", "min_coverage"):
+            needed["draft_vocab_size" if name == "vocab_size" else name] = value or target.vocab_size
+    require_draft(config, folder, **needed)
+    logger.info("Draft taken over from %s, with its rope %s", folder, config.rope_parameters)
+    run = run_of(folder)
+    if run is None:
+        _init_from_export_(draft, folder)
+        return
+    store = CheckpointStore(run / "checkpoints")
+    checkpoint = store.resolve("LATEST" if run == folder else folder.name)
+    load_draft_(store, checkpoint, draft, owners_of(target), target_digest(target))
+
+
+def exported_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that engines load, by the names of a `Draft`: they know its one layer by two names."""
+    stored = load_file(folder / "model.safetensors")
+    return {name.replace("layers.0.", "midlayer."): tensor for name, tensor in stored.items()}
+
+
+def _init_from_export_(draft: Draft, folder: Path) -> None:
+    shared, t2d_V = draft.embed_tokens.weight, draft.t2d
+    try:
+        tensors = exported_tensors(folder)
+        if not shared.requires_grad:
+            stored = tensors.get("embed_tokens.weight", shared)
+            if not torch.equal(shared.to(stored), stored):
+                logger.warning("The draft in %s has another embedding than the target, whose own it gets", folder)
+            tensors["embed_tokens.weight"] = shared
+        if len(draft.d2t) == len(t2d_V):
+            tensors.setdefault("d2t", draft.d2t)
+        draft.load_state_dict(tensors | {"t2d": t2d_V})
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise DraftError(
+            f"{folder}/model.safetensors does not hold the draft that its config.json describes "
+            f"({reason(error)}). Get the whole draft in this one file, or choose another."
+        ) from error
+    ids_D = draft.target_ids()
+    if len(set(ids_D.tolist()).intersection(range(len(t2d_V)))) < len(ids_D):
+        raise DraftError(f"The d2t in {folder} does not name {len(ids_D)} tokens of the target. Choose another draft.")
+    t2d_V.zero_()[ids_D] = True

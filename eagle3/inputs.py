@@ -1,12 +1,14 @@
-"""Step 14: all that a run reads: the target, the conversations, and the draft vocabulary that follows from them."""
+"""Step 15: all that a run reads: the target, the conversations, and the draft vocabulary that follows from them."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from eagle3.blueprint import read_draft_config
 from eagle3.cache import CachedTarget, CacheKey, FeatureReader
 from eagle3.capture import write_features
 from eagle3.config import RunConfig
@@ -159,6 +161,8 @@ def write_vocab(config: RunConfig) -> DraftVocab:
         ConfigError: As for `choose_vocab`.
         DataError: As for `choose_vocab`, or the conversations cannot be read.
     """
+    if config.draft.init_from is not None:
+        raise ConfigError("The run takes its vocabulary from draft.init_from; eagle3 train says how much it holds.")
     description = describe_target(config.target.model)
     tokenizer = load_tokenizer(config.target.model)
     require_tokens_fit(tokenizer, description.vocab_size)
@@ -167,11 +171,16 @@ def write_vocab(config: RunConfig) -> DraftVocab:
     return _choose_vocab(config, data, tokenizer, description)
 
 
-def asked_layers(config: RunConfig) -> tuple[int, ...] | None:
+def asked_layers(config: RunConfig) -> Sequence[int] | None:
     """The captured layers, an id k meaning the input of layer k; None for the default ones."""
-    if config.target.layers is None or config.target.layers_name == "inputs":
-        return config.target.layers
-    return tuple(layer + 1 for layer in config.target.layers)
+    layers: Sequence[int] | None = config.target.layers
+    # A run that has begun no longer needs the draft that it began with.
+    folder = config.draft.init_from if config.checkpoint.restore_from is None else config.out
+    if layers is None and folder is not None:
+        layers = read_draft_config(Path(folder)).eagle_aux_hidden_state_layer_ids
+    elif layers is not None and config.target.layers_name == "outputs":
+        layers = tuple(layer + 1 for layer in layers)
+    return layers
 
 
 def tensor_cache(config: RunConfig) -> TensorCache:
@@ -212,6 +221,5 @@ def _choose_vocab(
         size=config.draft.vocab_size,
         cache=tensor_cache(config),
     )
-    logger.info("Draft vocabulary: %s", vocab)
     require_coverage(vocab, config.draft.min_coverage)
     return vocab

@@ -1,4 +1,4 @@
-"""Step 15: derives what the target teaches from its last hidden states, once for each token that supervises.
+"""Step 16: derives what the target teaches from its last hidden states, once for each token that supervises.
 
 Shape suffixes: M teacher rows, V target vocabulary, D draft vocabulary, E target hidden.
 """

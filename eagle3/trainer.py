@@ -1,20 +1,21 @@
-"""Step 32: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
+"""Step 33: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-from eagle3.blueprint import draft_config, read_draft_config, write_draft_config
+from eagle3.blueprint import LAYERS, draft_config, read_draft_config, require_draft, write_draft_config
 from eagle3.checkpoint import Progress, RunCheckpoints, RunState, owners_of, target_digest
 from eagle3.config import RunConfig, write_run_config
 from eagle3.data import Batch, BatchOrder, batches
 from eagle3.draft import Draft
 from eagle3.errors import CheckpointError, ConfigError
 from eagle3.files import sole_writer
+from eagle3.finished import init_from_existing_
 from eagle3.flat import FlatWeights
 from eagle3.fused_scorer import FusedScorer, fp8_obstacle, obstacle
 from eagle3.inputs import RunInputs, Target, choose_vocab, open_inputs
@@ -25,6 +26,7 @@ from eagle3.parallel import Ranks, StopRequest, all_present, stop_on_signals
 from eagle3.step import AutogradScorer, Scorer, StepResult, Watch, take_step
 from eagle3.tokens import EncodedData
 from eagle3.unroll import TrainingTimeTest
+from eagle3.vocab import count_supervised, require_coverage, vocab_of
 
 logger = logging.getLogger("eagle3")
 
@@ -216,14 +218,22 @@ class _Run:
         if self.config.checkpoint.restore_from is not None:
             # Its weights and vocabulary come from the checkpoint.
             config = read_draft_config(out)
-            _require_layers(config.eagle_aux_hidden_state_layer_ids, target.layer_ids, out)
+            require_draft(config, out, **{LAYERS: list(target.layer_ids)})
             return self._beside_target(Draft(config))
-        vocab = choose_vocab(self.inputs, self.config)
-        config = draft_config(target.config, draft_vocab_size=vocab.size, options=self.config.draft)
-        config.eagle_aux_hidden_state_layer_ids = list(target.layer_ids)
+        options = self.config.draft
         torch.manual_seed(self.config.train.seed)
-        draft = self._beside_target(Draft(config))
-        draft.init_from_target_(embedding_VE=target.embedding_VE, head_VE=target.head_VE, draft_ids_D=vocab.ids_D)
+        if options.init_from is not None:
+            config = read_draft_config(Path(options.init_from))
+            draft = self._beside_target(Draft(config))
+            init_from_existing_(draft, Path(options.init_from), target=target, options=options)
+            counts_V = count_supervised(self.data.examples, target.vocab_size)
+            require_coverage(vocab_of(draft.target_ids().cpu(), counts_V), options.min_coverage)
+        else:
+            vocab = choose_vocab(self.inputs, self.config)
+            config = draft_config(target.config, draft_vocab_size=vocab.size, options=options)
+            config.eagle_aux_hidden_state_layer_ids = list(target.layer_ids)
+            draft = self._beside_target(Draft(config))
+            draft.init_from_target_(embedding_VE=target.embedding_VE, head_VE=target.head_VE, draft_ids_D=vocab.ids_D)
         self.ranks.on_first(lambda: write_draft_config(out, config))
         return draft
 
@@ -337,14 +347,6 @@ def _only_trainer_of(out: str, ranks: Ranks) -> Iterator[None]:
 
         ranks.on_first(take)
         yield
-
-
-def _require_layers(of_draft: Sequence[int], now: Sequence[int], out: Path) -> None:
-    if list(of_draft) != list(now):
-        raise CheckpointError(
-            f"The draft of {out} was trained on the inputs of layers {list(of_draft)}, but target.layers now gives "
-            f"{list(now)}. Resume with the layers that the run was started with, or start a new run."
-        )
 
 
 def _precision(config: RunConfig, device: torch.device) -> torch.dtype:

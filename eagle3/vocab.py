@@ -144,14 +144,15 @@ def vocab_file(data: EncodedData, *, target_vocab_size: int, size: int | None, f
 
 
 def require_coverage(vocab: DraftVocab, min_coverage: float) -> None:
-    """Refuses a draft vocabulary that leaves out too much of what the assistant writes.
+    """Logs a draft vocabulary, or refuses it for leaving out too much of what the assistant writes.
 
     Raises:
         ConfigError: It does.
     """
+    logger.info("Draft vocabulary: %s", vocab)
     if vocab.coverage < min_coverage:
         raise ConfigError(
-            f"The {vocab.size} most frequent tokens are only {vocab.coverage:.2%} of what the assistant wrote, below "
+            f"The draft's {vocab.size} tokens are only {vocab.coverage:.2%} of what the assistant wrote, below "
             f"draft.min_coverage {min_coverage:.2%}; the draft could never propose the rest. Raise draft.vocab_size, "
             "or lower draft.min_coverage if that is meant."
         )
@@ -184,8 +185,12 @@ def choose_draft_vocab(counts_V: torch.Tensor, *, size: int | None, forced_ids: 
         )
     rank_V = counts_V.clone()
     rank_V[forced] = counts_V.max() + 1
-    ids_D = rank_V.argsort(descending=True, stable=True)[:size].sort().values
+    return vocab_of(rank_V.argsort(descending=True, stable=True)[:size].sort().values, counts_V)
+
+
+def vocab_of(ids_D: torch.Tensor, counts_V: torch.Tensor) -> DraftVocab:
+    """The draft vocabulary of these ids, measured on the counts from `count_supervised`."""
     total = int(counts_V.sum())
     # Without supervised tokens none is outside.
     coverage = int(counts_V[ids_D].sum()) / total if total else 1.0
-    return DraftVocab(ids_D=ids_D, target_size=vocab_size, coverage=coverage)
+    return DraftVocab(ids_D=ids_D, target_size=counts_V.numel(), coverage=coverage)

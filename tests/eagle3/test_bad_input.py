@@ -135,7 +135,7 @@ def test_a_vocabulary_that_covers_too_little_is_refused_by_its_share(world, tmp_
     shutil.copytree(world[0], tmp_path / "target")
     shutil.copy(world[1], tmp_path)
     assert 2 == run("vocab", tmp_path, "--draft.vocab_size", 8, "--draft.min_coverage", 0.9)
-    assert "The 8 most frequent tokens are only" in capfd.readouterr().err
+    assert "The draft's 8 tokens are only" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"null", b"{}", b"[]", b"\xff"])

@@ -44,7 +44,10 @@ def test_options_win_over_the_file(world, tmp_path, capfd):
         (["--target.layers", "[3,2,1]"], "target.layers is [3, 2, 1], but it must be three ascending ids"),
         (["--train.warmup_ratio", "1.5"], "train.warmup_ratio is 1.5, but must be at least 0 and below 1"),
         (["--data.max_length", "1"], "data.max_length is 1, but must be at least 2"),
-        (["--checkpoint.restore_from", "LATEST"], "draft_config.json cannot be read"),
+        (
+            ["--checkpoint.restore_from", "LATEST"],
+            "run/config.json cannot be read (No such file or directory). Give the --out that",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(world, tmp_path, capfd, options, sentence):

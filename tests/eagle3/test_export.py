@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 import eagle3.export
 from eagle3.cli import main
 from eagle3.config import CheckpointConfig, DraftConfig, TrainConfig
-from eagle3.errors import ConfigError, ExportError, TargetError
+from eagle3.errors import ConfigError, DraftError, ExportError
 from eagle3.export import export, plain_config, speculators_config
 from eagle3.finished import open_run
 from eagle3.reread import ExportedDraft
@@ -282,13 +282,13 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_refused(world, tmp_path):
 def test_a_target_that_does_not_fit_is_refused(world, tmp_path):
     sizes = {"vocab_size": 640, "tie_word_embeddings": True}
     other = make_target(tmp_path / "larger", world / "tokenizer", **sizes)
-    with pytest.raises(TargetError, match=r"embedding of shape \(600, 32\), but that of .* has \(640, 32\)"):
+    with pytest.raises(DraftError, match=r"embedding has shape \(640, 32\), but .* \(600, 32\) .*Give the target"):
         open_run(world / "shrunk", checkpoint="LATEST", target=str(other))
     weights = load_file(world / "target" / "model.safetensors")
     shutil.copytree(world / "target", tmp_path / "changed")
     weights["model.embed_tokens.weight"] += 1
     save_file(weights, tmp_path / "changed" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TargetError, match="is not the one that the draft of"):
+    with pytest.raises(eagle3.errors.CheckpointError, match="holds a draft of another target: the embedding or"):
         open_run(world / "shrunk", checkpoint="LATEST", target=str(tmp_path / "changed"))
 
 

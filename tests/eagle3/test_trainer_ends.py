@@ -178,7 +178,7 @@ def test_the_draft_of_another_target_is_noticed(world, tmp_path):
         model.model.embed_tokens.weight[0] += 1.0
     model.save_pretrained(tmp_path / "target")
     AutoTokenizer.from_pretrained(world[0]).save_pretrained(tmp_path / "target")
-    with pytest.raises(CheckpointError, match=r"holds a draft of another target than .*/target: the embedding or the"):
+    with pytest.raises(CheckpointError, match=r"holds a draft of another target: the embedding or the"):
         train(config_of((tmp_path / "target", world[1]), tmp_path / "run", restore_from="LATEST"), ALONE)
 
 

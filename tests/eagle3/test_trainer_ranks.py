@@ -8,6 +8,8 @@ import pytest
 import torch
 from trainer_ranks import copy_run
 
+from eagle3.export import export
+from eagle3.finished import open_run
 from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, train_as_before, weights_of
 from tiepolicy.files import read_sharded_metadata
@@ -28,6 +30,8 @@ def folder(tmp_path_factory):
     world = make_run_world(folder)
     train(config_of(world, folder / "alone", every_steps=3), ALONE)
     train(config_of(world, folder / "alone-large", epochs=1, batch_size=4), ALONE)
+    export(open_run(folder / "alone", checkpoint="LATEST"), folder / "export", kind="plain")
+    train(config_of(world, folder / "from-export", epochs=1, init_from=folder / "export"), ALONE)
     train_as_before(config_of(world, folder / "older", every_steps=3, dtype="bfloat16"))
     result = torchrun(Path(__file__).with_name("trainer_ranks.py"), folder, num_processes=2)
     assert 0 == result.returncode, result.stdout
@@ -72,6 +76,19 @@ def test_accumulated_batches_are_one_batch(folder, run):
     assert [pytest.approx(entry["grad_norm"], rel=1e-3) for entry in expected] == [e["grad_norm"] for e in actual]
     weights = [weights_of(folder / name, "epoch_1_step_3") for name in ("alone-large", run)]
     assert TOLERANCE > largest_difference(*weights)
+
+
+@pytest.mark.parametrize("kind", ["data", "shard"])
+def test_two_processes_start_from_the_draft_that_one_does(folder, kind):
+    assert near(metrics_of(folder / "from-export")) == losses(metrics_of(folder / f"from-export-{kind}"))
+    weights = [weights_of(folder / run, "epoch_1_step_5") for run in ("from-export", f"from-export-{kind}")]
+    assert TOLERANCE > largest_difference(*weights)
+
+
+def test_each_process_starts_with_its_part_of_every_bit_of_a_run(folder):
+    """At a learning rate that moves none of them."""
+    weights = weights_of(folder / "alone", "epoch_2_step_10"), weights_of(folder / "from-run", "epoch_1_step_5")
+    assert 0 == largest_difference(*weights)
 
 
 @pytest.mark.parametrize(("whole", "cut"), [("whole", "cut-data"), ("whole-shard", "cut-shard")])

@@ -126,8 +126,9 @@ def test_a_vocabulary_that_holds_too_little_of_the_data_is_refused(coverage, ref
     with pytest.raises(ConfigError) as caught:
         require_coverage(vocab, 0.5)
     expected = (
-        "The 3 most frequent tokens are only 49.00% of what the assistant wrote, below draft.min_coverage 50.00%; the "
-        "draft could never propose the rest. Raise draft.vocab_size, or lower draft.min_coverage if that is meant."
+        "The draft's 3 tokens are only 49.00% of what the assistant wrote, below draft.min_coverage "
+        "50.00%; the draft could never propose the rest. Raise draft.vocab_size, or lower draft.min_coverage if that "
+        "is meant."
     )
     assert expected == str(caught.value)
 

@@ -63,6 +63,9 @@ def main(folder: Path) -> None:
 
         for name, options in RUNS.items():
             run(name, **options)
+        for kind in ("data", "shard"):
+            run(f"from-export-{kind}", epochs=1, kind=kind, init_from=folder / "export")
+        run("from-run", epochs=1, kind="shard", init_from=folder / "alone", lr=1e-30)
         for kind, source in (("data", "whole"), ("shard", "whole-shard")):
             cut(source, f"cut-{kind}", "epoch_1_step_3")
             run(f"cut-{kind}", every_steps=3, kind=kind, restore_from="epoch_1_step_3")
