@@ -26,12 +26,10 @@ _NEEDED = (
     "rope_parameters",
 )
 
-#: Of the settings and of configs alike.
+LAYERS = "eagle_aux_hidden_state_layer_ids"
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 _DEFAULTS = DraftConfig()
-#: In configs, the layers whose inputs a draft reads.
-LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 def draft_config(target_config: Any, *, draft_vocab_size: int, options: DraftConfig = _DEFAULTS) -> LlamaConfig:
@@ -134,31 +132,31 @@ def write_draft_config(out: Path, config: LlamaConfig) -> None:
 
 
 def read_draft_config(folder: Path) -> LlamaConfig:
-    """The config of the draft in a folder: of a run, of a checkpoint of one, or one that engines load.
+    """The draft's config from a run, a checkpoint of one, or a folder that engines load, as they understand it.
 
-    Where the last is silent, it has what engines assume. Its `tie_word_embeddings` is a claim like any other.
+    Its `tie_word_embeddings` is a claim like any other.
 
     Raises:
-        DraftError: There is none, it cannot be read, or has another rope than `draft_config` allows.
+        DraftError: If it is missing or cannot be read, or its rope is none for a draft.
     """
     run = run_of(folder)
     path = folder / "config.json" if run is None else run / DRAFT_CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        # The speculators format nests the layer's fields, and assumes one of the norms.
+        # The speculators format nests the layer's fields, and assumes a norm.
         layer = content.get("transformer_layer_config")
         config: LlamaConfig = LlamaConfig.from_dict(layer or content)
         for name in NORMS:
             setattr(config, name, content.get(name, name == "norm_before_residual" and layer is not None))
         config.draft_vocab_size = content.get("draft_vocab_size") or (layer or content)["vocab_size"]
         config.target_hidden_size = content.get("target_hidden_size") or config.hidden_size
-        # SGLang's ids, which may stand alone, are one lower than vLLM's.
+        # SGLang's ids are one lower than vLLM's.
         outputs = (content.get("eagle_config") or {}).get(LAYERS) or ()
-        setattr(config, LAYERS, content.get(LAYERS) or [layer + 1 for layer in outputs] or None)
+        setattr(config, LAYERS, content.get(LAYERS) or [k + 1 for k in outputs] or None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise DraftError(
-            f"The draft's config {path} cannot be read ({reason(error)}). Give the --out that a run was started with, "
-            "a checkpoint of one, or a folder that engines load."
+            f"The draft's config {path} cannot be read ({reason(error)}). Give the --out of a run, a checkpoint of "
+            "one, or a folder that engines load."
         ) from error
     _check_rope(config.rope_parameters, f"The rope_parameters of {path}")
     return config
@@ -171,15 +169,15 @@ def run_of(folder: Path) -> Path | None:
 
 
 def require_draft(config: LlamaConfig, folder: Path, **needed: Any) -> None:
-    """Refuses the draft in a folder if its config has other values than what is `needed`.
+    """Refuses the draft in a folder unless its `config` has what is `needed`.
 
     Raises:
-        DraftError: It has.
+        DraftError: It has not.
     """
     own = {name: getattr(config, name) for name in needed}
     wrong = [f"{name} {own[name]}, not {value}" for name, value in needed.items() if own[name] != value]
     if wrong:
         raise DraftError(
             f"The draft in {folder} has {'; '.join(wrong)}, as the settings or this trainer need it. Leave out what is "
-            "set, and it follows the draft, or choose another draft."
+            "set, to follow the draft, or choose another."
         )

@@ -215,9 +215,9 @@ class RunCheckpoints:
         """
         folder = self.store.resolve(reference)
         logger.info("Resuming from checkpoint: %s", folder)
-        owner = (state.external, state.target_digest)
+        optimizer = state.optimizer.adamw
         try:
-            restored = load_draft_(self.store, folder, state.draft, *owner, optimizer=state.optimizer.adamw)
+            restored = load_draft_(self.store, folder, state.draft, state.external, state.target_digest, optimizer)
         except ShapeMismatchError as error:
             if _EMBEDDING not in error.names:
                 raise
@@ -261,7 +261,6 @@ def load_draft_(
     draft: Draft,
     external: Owners,
     digest: str,
-    *,
     optimizer: Optimizer | None = None,
 ) -> Restored:
     """Fill a draft, and perhaps its optimizer, from a checkpoint that may leave the embedding to the target.
@@ -286,32 +285,24 @@ def load_draft_(
         "trained for."
     )
     try:
-        restored = _load_draft_(store, folder, draft, external, optimizer)
+        restored = store.load(folder, model=draft, optimizer=optimizer, external=external)
     except ExternalOwnerError as error:
         raise another from error
-    if restored.extra.get("target_digest", digest) != digest:
-        raise another
-    return restored
-
-
-def _load_draft_(
-    store: CheckpointStore, folder: Path, draft: Draft, external: Owners, optimizer: Optimizer | None
-) -> Restored:
-    try:
-        return store.load(folder, model=draft, optimizer=optimizer, external=external)
     except (DtypeMismatchError, TieConflictError) as error:
         # It holds the embedding; what else may be wrong with it, loading it as it was saved will tell.
         if _EMBEDDING not in error.names:
             raise
-    shared = draft.embed_tokens.weight
-    own = nn.Parameter(shared.detach().to(torch.float32, copy=True), requires_grad=False)
-    draft.embed_tokens.weight = own
-    try:
-        restored = store.load(folder, model=draft, optimizer=optimizer)
-    finally:
-        draft.embed_tokens.weight = shared
-    if not torch.equal(own.to(shared.dtype), shared):
-        raise ExternalOwnerError("the stored one is not the target's", names=[_EMBEDDING])
+        shared = draft.embed_tokens.weight
+        own = nn.Parameter(shared.detach().to(torch.float32, copy=True), requires_grad=False)
+        draft.embed_tokens.weight = own
+        try:
+            restored = store.load(folder, model=draft, optimizer=optimizer)
+        finally:
+            draft.embed_tokens.weight = shared
+        if not torch.equal(own.to(shared.dtype), shared):
+            raise another from error
+    if restored.extra.get("target_digest", digest) != digest:
+        raise another
     return restored
 
 

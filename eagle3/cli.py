@@ -1,4 +1,4 @@
-"""Step 46: the command line.
+"""Step 45: the command line.
 
 What a command needs is imported when it runs: torch and transformers take seconds, for which nobody should wait who
 asks for help, or has mistyped a setting.

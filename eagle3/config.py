@@ -67,8 +67,8 @@ class DraftConfig:
     """The draft; its heads and rope are the target's.
 
     Args:
-        init_from: Folder of a draft to start from: one that engines load, a run, or a checkpoint of one. Settings of
-            this section that stand at their defaults follow it; others must agree with it. Null for a new draft.
+        init_from: Draft to start from: a folder that engines load, a run, or a checkpoint of one. Settings at their
+            defaults follow it, others must agree. Null for a new one.
         vocab_size: Tokens that it can propose, the most frequent of the data; null for all of the target's.
         min_coverage: Smallest share of the assistant's tokens that this vocabulary must hold. The draft can never
             propose the others, so a small share is a wrong setting more often than a choice.

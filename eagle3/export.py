@@ -1,8 +1,10 @@
-"""Step 39: writes the folder that serving engines load, and publishes it only if it reads back as the draft.
+"""Step 38: writes the folder that serving engines load, and publishes it only if it reads back as the draft.
 
 Two formats. `plain` is what vLLM (`model_executor/models/llama_eagle3.py`) and SGLang (`srt/models/llama_eagle3.py`)
 load as `LlamaForCausalLMEagle3`; `speculators` is what vLLM and the library of that name load (speculators 0.9,
 `models/eagle3/config.py`). Both were served by vLLM 0.32.0; SGLang's loader was read in 0.5.23.
+
+Shape suffixes: T tokens, V target vocabulary, H draft hidden, A captured states side by side, D draft vocabulary.
 """
 
 import copy
@@ -16,14 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from eagle3.blueprint import NORMS
+from eagle3.blueprint import NORMS, read_draft_config
 from eagle3.commands import ExportConfig, Format
 from eagle3.draft import Draft
 from eagle3.errors import ConfigError, ExportError
 from eagle3.files import naming_disk_errors
-from eagle3.finished import TrainedDraft, open_run
-from eagle3.reread import ExportedDraft
+from eagle3.finished import TrainedDraft, exported_tensors, open_run
 from eagle3.speculate import DraftChain, Greedy
 from eagle3.terminal import say, waiting
 
@@ -253,3 +255,86 @@ def _flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+class ExportedDraft:
+    """A draft as engines see it: `config.json` and `model.safetensors` of either format.
+
+    Written from the engines' file format and not from the draft's code, so that an export is compared with another
+    reading of it. Slow: one row at a time, in float64.
+
+    Args:
+        folder: The export.
+        target_embedding_VH: What engines put where the file has no embedding.
+    """
+
+    def __init__(self, folder: Path, *, target_embedding_VH: Tensor) -> None:
+        self.config = read_draft_config(folder)
+        self.weights = {
+            name.removeprefix("midlayer.").removesuffix(".weight"): tensor.double() if name != "d2t" else tensor
+            for name, tensor in exported_tensors(folder).items()
+        }
+        self.embedding_VH = self.weights.get("embed_tokens", target_embedding_VH.double().cpu())
+        # Offsets: draft id j means target id j + d2t[j]; without them the ids are the same.
+        num_draft = len(self.weights["lm_head"])
+        self.target_ids_D = torch.arange(num_draft) + self.weights.get("d2t", torch.zeros(num_draft, dtype=torch.int64))
+        self.rotary = LlamaRotaryEmbedding(self.config)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def chain_logits(self, token_ids: list[int], aux_TA: Tensor, *, num_steps: int) -> Tensor:
+        """Drafts greedily behind the last token.
+
+        Args:
+            token_ids: T tokens, each the one behind that whose states stand in its row of `aux_TA`.
+            aux_TA: Captured states.
+            num_steps: Tokens to draft.
+
+        Returns:
+            (num_steps, D) float64: the logits of each drafted token.
+        """
+        self.keys, self.values = [], []
+        state_H, logits = torch.empty(0), []
+        for position, token in enumerate(token_ids):
+            state_H = self._row(token, self._fused(aux_TA[position].double().cpu()), position)
+        for step in range(num_steps):
+            normed_H = state_H if self.config.norm_output else self._norm(state_H, "norm")
+            logits.append(self.weights["lm_head"] @ normed_H)
+            token = int(self.target_ids_D[logits[-1].argmax()])
+            state_H = self._row(token, state_H, len(token_ids) + step)
+        return torch.stack(logits)
+
+    def _fused(self, aux_A: Tensor) -> Tensor:
+        if self.config.fc_norm:
+            parts = aux_A.chunk(3)
+            aux_A = torch.cat([self._norm(part, f"fc_norm.{n}") for n, part in enumerate(parts)])
+        if self.config.norm_before_fc:
+            aux_A = self._norm(aux_A, "input_norm")
+        return self.weights["fc"] @ aux_A
+
+    def _row(self, token: int, state_H: Tensor, position: int) -> Tensor:
+        """One row through the layer; its keys stay for the rows behind it."""
+        normed_H = self._norm(state_H, "hidden_norm")
+        inputs = torch.cat((self._norm(self.embedding_VH[token], "input_layernorm"), normed_H))
+        query, key, value = (
+            (self.weights[f"self_attn.{name}_proj"] @ inputs).view(-1, self.config.head_dim or 0) for name in "qkv"
+        )
+        cos, sin = self.rotary(torch.empty(0), torch.tensor([[position]]))
+        query, key = (
+            part[0, :, 0] for part in apply_rotary_pos_emb(query[None, :, None], key[None, :, None], cos, sin)
+        )
+        shared = len(query) // len(key)
+        self.keys.append(key.repeat_interleave(shared, dim=0))
+        self.values.append(value.repeat_interleave(shared, dim=0))
+        scores = torch.einsum("qd,nqd->qn", query, torch.stack(self.keys)) / query.shape[-1] ** 0.5
+        attended = torch.einsum("qn,nqd->qd", scores.softmax(dim=-1), torch.stack(self.values)).flatten()
+        residual = normed_H if self.config.norm_before_residual else state_H
+        state_H = residual + self.weights["self_attn.o_proj"] @ attended
+        inner = self._norm(state_H, "post_attention_layernorm")
+        gate, up = (self.weights[f"mlp.{name}_proj"] @ inner for name in ("gate", "up"))
+        state_H = state_H + self.weights["mlp.down_proj"] @ (gate * torch.sigmoid(gate) * up)
+        return self._norm(state_H, "norm") if self.config.norm_output else state_H
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        scale = torch.rsqrt(x.square().mean() + self.config.rms_norm_eps)
+        return x * scale * self.weights[name]

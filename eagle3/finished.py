@@ -86,16 +86,10 @@ def open_run(run: str | Path, *, checkpoint: str, target: str | None = None) -> 
 
 @torch.no_grad()
 def init_from_existing_(draft: Draft, folder: Path, *, target: Target, options: DraftConfig) -> None:
-    """Gives a draft the weights and the vocabulary of one that exists, which keeps its heads and its rope.
-
-    Args:
-        draft: Of the config that `read_draft_config` gives. Its embedding stays the target's, if it is as wide as that.
-        folder: Where the other draft is; of a run, the last checkpoint.
-        target: Of the draft.
-        options: What is not at its default must be so in the draft.
+    """Gives a `draft` the weights and tokens of that in a `folder`, if it fits `target` and `options`.
 
     Raises:
-        DraftError: The draft does not fit the options or the target, or its weights not its config.
+        DraftError: It does not, or not its own config.
         CheckpointError: The checkpoint is of another target.
         TiePolicyError: It is missing or damaged.
     """
@@ -108,38 +102,34 @@ def init_from_existing_(draft: Draft, folder: Path, *, target: Target, options: 
     require_draft(config, folder, **needed)
     logger.info("Draft taken over from %s, with its rope %s", folder, config.rope_parameters)
     run = run_of(folder)
-    if run is None:
-        _init_from_export_(draft, folder)
+    if run is not None:
+        store = CheckpointStore(run / "checkpoints")
+        checkpoint = store.resolve("LATEST" if run == folder else folder.name)
+        load_draft_(store, checkpoint, draft, owners_of(target), target_digest(target))
         return
-    store = CheckpointStore(run / "checkpoints")
-    checkpoint = store.resolve("LATEST" if run == folder else folder.name)
-    load_draft_(store, checkpoint, draft, owners_of(target), target_digest(target))
-
-
-def exported_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors that engines load, by the names of a `Draft`: they know its one layer by two names."""
-    stored = load_file(folder / "model.safetensors")
-    return {name.replace("layers.0.", "midlayer."): tensor for name, tensor in stored.items()}
-
-
-def _init_from_export_(draft: Draft, folder: Path) -> None:
-    shared, t2d_V = draft.embed_tokens.weight, draft.t2d
+    embedding, t2d_V = draft.embed_tokens.weight, draft.t2d
     try:
-        tensors = exported_tensors(folder)
-        if not shared.requires_grad:
-            stored = tensors.get("embed_tokens.weight", shared)
-            if not torch.equal(shared.to(stored), stored):
-                logger.warning("The draft in %s has another embedding than the target, whose own it gets", folder)
-            tensors["embed_tokens.weight"] = shared
+        tensors = exported_tensors(folder) | {"t2d": t2d_V}
+        if not embedding.requires_grad:
+            stored = tensors.get("embed_tokens.weight", embedding)
+            if not torch.equal(embedding.to(stored), stored):
+                logger.warning("The draft in %s has another embedding than the target, and gets the target's", folder)
+            tensors["embed_tokens.weight"] = embedding
         if len(draft.d2t) == len(t2d_V):
             tensors.setdefault("d2t", draft.d2t)
-        draft.load_state_dict(tensors | {"t2d": t2d_V})
+        draft.load_state_dict(tensors)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise DraftError(
-            f"{folder}/model.safetensors does not hold the draft that its config.json describes "
-            f"({reason(error)}). Get the whole draft in this one file, or choose another."
+            f"{folder} does not hold the draft that its config describes ({reason(error)}). Get it whole, in one "
+            "model.safetensors."
         ) from error
     ids_D = draft.target_ids()
     if len(set(ids_D.tolist()).intersection(range(len(t2d_V)))) < len(ids_D):
         raise DraftError(f"The d2t in {folder} does not name {len(ids_D)} tokens of the target. Choose another draft.")
     t2d_V.zero_()[ids_D] = True
+
+
+def exported_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that engines load, by the names of a `Draft`."""
+    stored = load_file(folder / "model.safetensors")
+    return {name.replace("layers.0.", "midlayer."): tensor for name, tensor in stored.items()}

@@ -143,16 +143,6 @@ def cache_key(config: RunConfig, data: EncodedData) -> CacheKey:
     )
 
 
-def choose_vocab(inputs: RunInputs, config: RunConfig) -> DraftVocab:
-    """Chooses the draft vocabulary of a new run and logs it.
-
-    Raises:
-        ConfigError: `draft.vocab_size` does not fit the target, or holds too little of the data.
-        DataError: The tokenizer does not belong to the target, or the vocabulary cannot be kept.
-    """
-    return _choose_vocab(config, inputs.data, inputs.target.tokenizer, inputs.target)
-
-
 def write_vocab(config: RunConfig) -> DraftVocab:
     """Chooses and keeps the draft vocabulary of a run to come, without the target's weights.
 
@@ -162,13 +152,34 @@ def write_vocab(config: RunConfig) -> DraftVocab:
         DataError: As for `choose_vocab`, or the conversations cannot be read.
     """
     if config.draft.init_from is not None:
-        raise ConfigError("The run takes its vocabulary from draft.init_from; eagle3 train says how much it holds.")
+        raise ConfigError("The vocabulary is that of draft.init_from. Train, and the log says how much it holds.")
     description = describe_target(config.target.model)
     tokenizer = load_tokenizer(config.target.model)
     require_tokens_fit(tokenizer, description.vocab_size)
     data = load_data(config.data.train, config, tokenizer)
     logger.info("Data: %s", data)
-    return _choose_vocab(config, data, tokenizer, description)
+    return choose_vocab(config, data, tokenizer, description)
+
+
+def choose_vocab(
+    config: RunConfig, data: EncodedData, tokenizer: PreTrainedTokenizerBase, target: Target | TargetDescription
+) -> DraftVocab:
+    """Chooses the draft vocabulary of a run and logs it; `tokenizer` is that of the `target`.
+
+    Raises:
+        ConfigError: `draft.vocab_size` does not fit the target, or holds too little of the data.
+        DataError: The tokenizer does not belong to the target, or the vocabulary cannot be kept.
+    """
+    vocab = draft_vocab(
+        data,
+        tokenizer,
+        target_vocab_size=target.vocab_size,
+        end_ids=target.end_ids,
+        size=config.draft.vocab_size,
+        cache=tensor_cache(config),
+    )
+    require_coverage(vocab, config.draft.min_coverage)
+    return vocab
 
 
 def asked_layers(config: RunConfig) -> Sequence[int] | None:
@@ -208,18 +219,3 @@ def _with_features(config: RunConfig, data: EncodedData) -> EncodedData:
     assert config.target.cache is not None
     reader = FeatureReader(config.target.cache, key=cache_key(config, data), data=data)
     return replace(data, feature_source=reader)
-
-
-def _choose_vocab(
-    config: RunConfig, data: EncodedData, tokenizer: PreTrainedTokenizerBase, target: Target | TargetDescription
-) -> DraftVocab:
-    vocab = draft_vocab(
-        data,
-        tokenizer,
-        target_vocab_size=target.vocab_size,
-        end_ids=target.end_ids,
-        size=config.draft.vocab_size,
-        cache=tensor_cache(config),
-    )
-    require_coverage(vocab, config.draft.min_coverage)
-    return vocab

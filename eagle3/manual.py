@@ -1,4 +1,4 @@
-"""Step 45: the help of the command line: every setting with its meaning and default, as a parser of plain argparse.
+"""Step 44: the help of the command line: every setting with its meaning and default, as a parser of plain argparse.
 
 It prints `--help` and completion scripts. Settings are read by `options`, which knows YAML files and nested types.
 """

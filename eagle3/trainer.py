@@ -229,7 +229,7 @@ class _Run:
             counts_V = count_supervised(self.data.examples, target.vocab_size)
             require_coverage(vocab_of(draft.target_ids().cpu(), counts_V), options.min_coverage)
         else:
-            vocab = choose_vocab(self.inputs, self.config)
+            vocab = choose_vocab(self.config, self.data, target.tokenizer, target)
             config = draft_config(target.config, draft_vocab_size=vocab.size, options=options)
             config.eagle_aux_hidden_state_layer_ids = list(target.layer_ids)
             draft = self._beside_target(Draft(config))

@@ -46,7 +46,7 @@ def test_options_win_over_the_file(world, tmp_path, capfd):
         (["--data.max_length", "1"], "data.max_length is 1, but must be at least 2"),
         (
             ["--checkpoint.restore_from", "LATEST"],
-            "run/config.json cannot be read (No such file or directory). Give the --out that",
+            "run/config.json cannot be read (No such file or directory). Give the --out of",
         ),
     ],
 )

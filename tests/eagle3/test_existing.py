@@ -226,7 +226,7 @@ def test_beside_another_target_an_exported_draft_gets_that_targets_embedding(wor
     for source in ("shrunk-plain", "shrunk-speculators"):
         caplog.clear()
         train(from_draft(world, tmp_path / source, world / source, target=target, lr=STANDSTILL), ALONE)
-        sentence = f"The draft in {world / source} has another embedding than the target, whose own it gets"
+        sentence = f"The draft in {world / source} has another embedding than the target, and gets the target's"
         assert (source == "shrunk-speculators") == (sentence in caplog.messages)
         kept = weights_of(tmp_path / source, "epoch_1_step_1")
         assert torch.equal(weights["model.embed_tokens.weight"], kept["embed_tokens.weight"])
@@ -252,7 +252,7 @@ def test_settings_that_the_draft_does_not_have_are_refused(world, tmp_path, draf
         train(from_draft(world, tmp_path, world / "shrunk-plain", draft=draft), ALONE)
     assert (
         f"The draft in {world / 'shrunk-plain'} has {found}, as the settings or this trainer need it. Leave out what "
-        "is set, and it follows the draft, or choose another draft."
+        "is set, to follow the draft, or choose another."
     ) == str(caught.value)
     assert not (tmp_path / "draft_config.json").exists()
 
@@ -302,7 +302,7 @@ def test_a_draft_of_a_target_of_another_shape_is_refused(drafts, tmp_path, targe
         ),
         (
             {"lacks": ["fc.weight"]},
-            'Missing key(s) in state_dict: "fc.weight".). Get the whole draft in this one file',
+            'Missing key(s) in state_dict: "fc.weight".). Get it whole, in one model.safe',
         ),
         ({"lacks": ["lm_head.weight"]}, 'Missing key(s) in state_dict: "lm_head.weight".'),
         ({"lacks": ["d2t"]}, 'Missing key(s) in state_dict: "d2t".'),
@@ -335,15 +335,13 @@ def test_a_folder_without_a_draft_is_refused(world, tmp_path):
     with pytest.raises(DraftError) as caught:
         train(from_draft(world, tmp_path / "run", nowhere), ALONE)
     assert (
-        f"The draft's config {nowhere}/config.json cannot be read (No such file or directory). Give the --out that a "
-        "run was started with, a checkpoint of one, or a folder that engines load."
+        f"The draft's config {nowhere}/config.json cannot be read (No such file or directory). Give the --out of a "
+        "run, a checkpoint of one, or a folder that engines load."
     ) == str(caught.value)
     source = tmp_path / "source"
     shutil.copytree(world / "shrunk-plain", source)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(
-        DraftError, match=r"does not hold the draft .* \(No such file.*\)\. Get the whole draft in this one"
-    ):
+    with pytest.raises(DraftError, match=r"does not hold the draft .* \(No such file.*\)\. Get it whole, in one mo"):
         train(from_draft(world, tmp_path / "run", source), ALONE)
 
 
@@ -360,5 +358,5 @@ def test_commands_before_a_run_know_the_draft_it_will_start_from(world, tmp_path
     weights = open_run(world / "shrunk", checkpoint="LATEST").draft.parameters()
     assert sum(weight.numel() for weight in weights if weight.requires_grad) == estimated["trainable_parameters"]
     assert 2 == main(["vocab", *given])
-    sentence = "The run takes its vocabulary from draft.init_from; eagle3 train says how much it holds."
+    sentence = "The vocabulary is that of draft.init_from. Train, and the log says how much it holds."
     assert f"eagle3: error: {sentence}\n" == capsys.readouterr().err

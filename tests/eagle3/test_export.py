@@ -15,9 +15,8 @@ import eagle3.export
 from eagle3.cli import main
 from eagle3.config import CheckpointConfig, DraftConfig, TrainConfig
 from eagle3.errors import ConfigError, DraftError, ExportError
-from eagle3.export import export, plain_config, speculators_config
+from eagle3.export import ExportedDraft, export, plain_config, speculators_config
 from eagle3.finished import open_run
-from eagle3.reread import ExportedDraft
 from eagle3.unroll import TrainingTimeTest, plan_rows
 from eagle3_targets import make_run, make_target, make_world
 from tiepolicy_dcp.errors import CheckpointError

@@ -124,7 +124,7 @@ def test_the_draft_config_of_another_run_is_noticed(world, tmp_path):
     with pytest.raises(ShapeMismatchError, match=r"(d2t|lm_head.weight) has shape \(96"):
         train(config_of(world, tmp_path / "run", epochs=2, restore_from="LATEST"), ALONE)
     path.unlink()
-    with pytest.raises(DraftError, match="Give the --out that a run was started with"):
+    with pytest.raises(DraftError, match="Give the --out of a run"):
         train(config_of(world, tmp_path / "run", epochs=2, restore_from="LATEST"), ALONE)
 
 
