@@ -31,7 +31,7 @@ FLOW = {
     "eagle3": """errors terminal files config options conversations features tokens data vocab description target
         cache capture parallel blueprint inputs teacher draft attention loss unroll flat pairs layers tape fused
         graphs optimizer metrics checkpoint finished step fused_scorer trainer embedded speculate commands
-        evaluate export report demo speed forecast estimate manual cli __main__ __init__""",
+        evaluate export report demo speed forecast estimate cli __main__ __init__""",
 }
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import eagle3.cli
 import tiepolicy._cli
-from eagle3.manual import help_parser
+from eagle3.cli import help_parser
 from eagle3.options import read_settings
 from eagle3.terminal import waiting, watched
 from tiepolicy import _inspect

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import tiepolicy._cli
-from eagle3.cli import COMMANDS
-from eagle3.manual import help_parser
+from eagle3.cli import COMMANDS, help_parser
 
 COLUMNS = "80"
 
