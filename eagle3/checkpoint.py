@@ -1,4 +1,4 @@
-"""Step 29: all that a run needs to go on, saved and restored through the tie policy."""
+"""Step 28: all that a run needs to go on, saved and restored through the tie policy."""
 
 import hashlib
 import itertools

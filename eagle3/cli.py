@@ -1,4 +1,4 @@
-"""Step 44: the command line.
+"""Step 43: the command line.
 
 What a command needs is imported when it runs: torch and transformers take seconds, for which nobody should wait who
 asks for help, or has mistyped a setting. Help and completion scripts come from a parser of plain argparse; settings are

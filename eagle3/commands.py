@@ -1,4 +1,4 @@
-"""Step 36: what the commands around training are asked for; as light as the settings of a run, for the help."""
+"""Step 35: what the commands around training are asked for; as light as the settings of a run, for the help."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Step 40: the whole path in minutes: a target, a draft trained on it, killed and resumed, measured and exported."""
+"""Step 39: the whole path in minutes: a target, a draft trained on it, killed and resumed, measured and exported."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Step 34: the demo's world, made on the spot: templated conversations, and a small tied target taught on them."""
+"""Step 33: the demo's world, made on the spot: templated conversations, and a small tied target taught on them."""
 
 import itertools
 import json

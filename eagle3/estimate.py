@@ -1,4 +1,4 @@
-"""Step 43: what a run will take, from its settings and the target's config alone: nothing is loaded."""
+"""Step 42: what a run will take, from its settings and the target's config alone: nothing is loaded."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Step 37: measures a draft by what it is for: tokens for each pass of the target, and time."""
+"""Step 36: measures a draft by what it is for: tokens for each pass of the target, and time."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Step 38: writes the folder that serving engines load, and publishes it only if it reads back as the draft.
+"""Step 37: writes the folder that serving engines load, and publishes it only if it reads back as the draft.
 
 Two formats. `plain` is what vLLM (`model_executor/models/llama_eagle3.py`) and SGLang (`srt/models/llama_eagle3.py`)
 load as `LlamaForCausalLMEagle3`; `speculators` is what vLLM and the library of that name load (speculators 0.9,

@@ -1,4 +1,4 @@
-"""Step 30: opens drafts that exist: what a run left, beside its target, and what another run starts from."""
+"""Step 29: opens drafts that exist: what a run left, beside its target, and what another run starts from."""
 
 import logging
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Step 21: the trainable weights of a draft, and their gradients, in flat buffers."""
+"""Step 20: the trainable weights of a draft, and their gradients, in flat buffers."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Step 42: what one device spends on an optimizer step of a run: bytes by what they are for, and seconds."""
+"""Step 41: what one device spends on an optimizer step of a run: bytes by what they are for, and seconds."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Step 25: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
+"""Step 24: the unrolled step of the draft by hand: forward, loss and every gradient, without autograd.
 
 The same numbers as `TrainingTimeTest` under autograd, to rounding, in about half the time on a GPU: the half of
 queries, keys and values that depends on the token alone is computed once per token; each weight's gradient is one

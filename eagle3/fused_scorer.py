@@ -1,4 +1,4 @@
-"""Step 32: runs target and fused step over a batch, and exchanges gradients between processes on the way."""
+"""Step 31: runs target and fused step over a batch, and exchanges gradients between processes on the way."""
 
 from __future__ import annotations
 

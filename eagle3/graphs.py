@@ -1,4 +1,4 @@
-"""Step 26: replays a step as one CUDA graph where launching its kernels takes longer than running them.
+"""Step 25: replays a step as one CUDA graph where launching its kernels takes longer than running them.
 
 Shape suffixes: L = BT tokens of the batch, A captured states, E target hidden, N rows, P pairs, M teacher rows.
 """

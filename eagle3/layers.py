@@ -1,4 +1,4 @@
-"""Step 23: the products of MLP and head over all steps of a batch, forward and back, in the dtype of the copies or FP8.
+"""Step 22: the products of MLP and head over all steps of a batch, forward and back, in the dtype of the copies or FP8.
 
 Shape suffixes: N rows that carry loss, S steps, P pairs, C pairs of a chunk, U = P rounded up, H draft hidden,
 I intermediate, D draft vocabulary.

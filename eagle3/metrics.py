@@ -1,4 +1,4 @@
-"""Step 28: what a run measures: sums that become means once, at the end; where they are written, and shown."""
+"""Step 27: what a run measures: sums that become means once, at the end; where they are written, and shown."""
 
 import importlib
 import io

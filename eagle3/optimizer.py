@@ -1,4 +1,4 @@
-"""Step 27: how weights move: AdamW on float32 masters, a learning rate that rises and falls, gradients kept short."""
+"""Step 26: how weights move: AdamW on float32 masters, a learning rate that rises and falls, gradients kept short."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Step 22: what one batch needs to know about its rows and pairs, moved to the device in one piece.
+"""Step 21: what one batch needs to know about its rows and pairs, moved to the device in one piece.
 
 Shape suffixes: B sequences, T tokens, L = BT, N rows that carry loss, S steps, P supervised pairs, M teacher rows.
 """

@@ -1,4 +1,4 @@
-"""Step 39: draws what one or several runs measured: a picture, and one page that needs nothing beside it."""
+"""Step 38: draws what one or several runs measured: a picture, and one page that needs nothing beside it."""
 
 import base64
 import html

@@ -1,4 +1,4 @@
-"""Step 35: writes text with target and draft together: the draft proposes a chain of tokens, the target judges it.
+"""Step 34: writes text with target and draft together: the draft proposes a chain of tokens, the target judges it.
 
 Plain transformers, one sequence, keys and values of both models cached. What comes out is what the target alone would
 write: the same tokens when it is greedy, the same distribution when it is sampled.

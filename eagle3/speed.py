@@ -1,4 +1,4 @@
-"""Step 41: how large a step is, and how long it takes on a GPU: operations and bytes by part, at a share of the peak.
+"""Step 40: how large a step is, and how long it takes on a GPU: operations and bytes by part, at a share of the peak.
 
 The parts are those of the fused step, which computes rows that carry loss only, and a teacher row once for all steps.
 """

@@ -1,4 +1,4 @@
-"""Step 31: one optimizer step over several batches and processes, and a look at what it gave once it is known."""
+"""Step 30: one optimizer step over several batches and processes, and a look at what it gave once it is known."""
 
 import math
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""Step 24: what the fused step keeps on its way forward, and the gradients on its way back.
+"""Step 23: what the fused step keeps on its way forward, and the gradients on its way back.
 
 Shape suffixes: L = BT tokens of the batch, N rows that carry loss, S steps, J = S - 1 later steps, H draft hidden, W
 projected width, U = 2K * d, Q query heads, K key and value heads, d head dimension, G partial sums.

@@ -1,4 +1,4 @@
-"""Step 33: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
+"""Step 32: the loop: steps of the draft, now and then a line, a look at the validation data, and a checkpoint."""
 
 import logging
 import os

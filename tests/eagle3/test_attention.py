@@ -1,4 +1,4 @@
-"""Tests for `eagle3.attention`."""
+"""Tests for the attention of `eagle3.unroll`."""
 
 # Expected values stand on the left.
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from eagle3.attention import row_attention
+from eagle3.unroll import row_attention
 
 
 def normal(*shape):
