@@ -271,12 +271,12 @@ class ExportedDraft:
     def __init__(self, folder: Path, *, target_embedding_VH: Tensor) -> None:
         self.config = read_draft_config(folder)
         self.weights = {
-            name.removeprefix("midlayer.").removesuffix(".weight"): tensor.double() if name != "d2t" else tensor
+            name: tensor.double() if tensor.is_floating_point() else tensor
             for name, tensor in exported_tensors(folder).items()
         }
-        self.embedding_VH = self.weights.get("embed_tokens", target_embedding_VH.double().cpu())
+        self.embedding_VH = self.weights.get("embed_tokens.weight", target_embedding_VH.double().cpu())
         # Offsets: draft id j means target id j + d2t[j]; without them the ids are the same.
-        num_draft = len(self.weights["lm_head"])
+        num_draft = len(self.weights["lm_head.weight"])
         self.target_ids_D = torch.arange(num_draft) + self.weights.get("d2t", torch.zeros(num_draft, dtype=torch.int64))
         self.rotary = LlamaRotaryEmbedding(self.config)
         self.keys: list[Tensor] = []
@@ -298,8 +298,8 @@ class ExportedDraft:
         for position, token in enumerate(token_ids):
             state_H = self._row(token, self._fused(aux_TA[position].double().cpu()), position)
         for step in range(num_steps):
-            normed_H = state_H if self.config.norm_output else self._norm(state_H, "norm")
-            logits.append(self.weights["lm_head"] @ normed_H)
+            normed_H = state_H if self.config.norm_output else self._norm(state_H, "norm.weight")
+            logits.append(self.weights["lm_head.weight"] @ normed_H)
             token = int(self.target_ids_D[logits[-1].argmax()])
             state_H = self._row(token, state_H, len(token_ids) + step)
         return torch.stack(logits)
@@ -307,17 +307,18 @@ class ExportedDraft:
     def _fused(self, aux_A: Tensor) -> Tensor:
         if self.config.fc_norm:
             parts = aux_A.chunk(3)
-            aux_A = torch.cat([self._norm(part, f"fc_norm.{n}") for n, part in enumerate(parts)])
+            aux_A = torch.cat([self._norm(part, f"fc_norm.{n}.weight") for n, part in enumerate(parts)])
         if self.config.norm_before_fc:
-            aux_A = self._norm(aux_A, "input_norm")
-        return self.weights["fc"] @ aux_A
+            aux_A = self._norm(aux_A, "input_norm.weight")
+        return self.weights["fc.weight"] @ aux_A
 
     def _row(self, token: int, state_H: Tensor, position: int) -> Tensor:
         """One row through the layer; its keys stay for the rows behind it."""
-        normed_H = self._norm(state_H, "hidden_norm")
-        inputs = torch.cat((self._norm(self.embedding_VH[token], "input_layernorm"), normed_H))
+        normed_H = self._norm(state_H, "midlayer.hidden_norm.weight")
+        inputs = torch.cat((self._norm(self.embedding_VH[token], "midlayer.input_layernorm.weight"), normed_H))
         query, key, value = (
-            (self.weights[f"self_attn.{name}_proj"] @ inputs).view(-1, self.config.head_dim or 0) for name in "qkv"
+            (self.weights[f"midlayer.self_attn.{name}_proj.weight"] @ inputs).view(-1, self.config.head_dim or 0)
+            for name in "qkv"
         )
         cos, sin = self.rotary(torch.empty(0), torch.tensor([[position]]))
         query, key = (
@@ -329,11 +330,11 @@ class ExportedDraft:
         scores = torch.einsum("qd,nqd->qn", query, torch.stack(self.keys)) / query.shape[-1] ** 0.5
         attended = torch.einsum("qn,nqd->qd", scores.softmax(dim=-1), torch.stack(self.values)).flatten()
         residual = normed_H if self.config.norm_before_residual else state_H
-        state_H = residual + self.weights["self_attn.o_proj"] @ attended
-        inner = self._norm(state_H, "post_attention_layernorm")
-        gate, up = (self.weights[f"mlp.{name}_proj"] @ inner for name in ("gate", "up"))
-        state_H = state_H + self.weights["mlp.down_proj"] @ (gate * torch.sigmoid(gate) * up)
-        return self._norm(state_H, "norm") if self.config.norm_output else state_H
+        state_H = residual + self.weights["midlayer.self_attn.o_proj.weight"] @ attended
+        inner = self._norm(state_H, "midlayer.post_attention_layernorm.weight")
+        gate, up = (self.weights[f"midlayer.mlp.{name}_proj.weight"] @ inner for name in ("gate", "up"))
+        state_H = state_H + self.weights["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+        return self._norm(state_H, "norm.weight") if self.config.norm_output else state_H
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         scale = torch.rsqrt(x.square().mean() + self.config.rms_norm_eps)
