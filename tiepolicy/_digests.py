@@ -24,8 +24,8 @@ _SIZES_ONLY = "none"
 _NUM_DIGITS = 32
 #: Hashed while they are in the processor's cache.
 _CHUNK_BYTES = 1 << 20
-#: Threads that read ahead of the hash, which is faster than one of them.
-_NUM_AHEAD = 3
+#: Threads that read ahead of the hash, which is faster than one of them, and the processors that are enough for them.
+_NUM_AHEAD, _ENOUGH_PROCESSORS = 3, 8
 
 #: Is told how many bytes were read.
 Seen = Callable[[int], None]
@@ -174,7 +174,7 @@ def _problem(folder: Path, name: str, record: FileRecord, verify: Verify, seen: 
     size = path.stat().st_size
     if size != record.num_bytes:
         return f"{path} has {size} bytes, but {record.num_bytes} were written: it was cut or replaced"
-    if verify == "full" and record.digest and _digest(_chunks_ahead(path), seen) != record.digest:
+    if verify == "full" and record.digest and _digest(_chunks(path), seen) != record.digest:
         return f"{path} does not hold what was written: its digest differs, so it was damaged or replaced"
     return None
 
@@ -183,7 +183,7 @@ def _is_record(record: Any, length: int) -> bool:
     return isinstance(record, list) and [int, str] == [type(part) for part in record] and len(record[1]) == length
 
 
-def _digest(chunks: Iterable[bytes | memoryview], seen: Seen = _ignore) -> str:
+def _digest(chunks: Iterable[memoryview], seen: Seen = _ignore) -> str:
     state = new_digest()
     for chunk in chunks:
         state.update(chunk)
@@ -191,16 +191,12 @@ def _digest(chunks: Iterable[bytes | memoryview], seen: Seen = _ignore) -> str:
     return state.hexdigest()
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open_file(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            yield chunk
-
-
-def _chunks_ahead(path: Path) -> Iterator[memoryview]:
-    """The same, each valid until the next; threads read on while one is hashed, as somebody waits for it."""
+def _chunks(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file, each chunk valid until the next; threads read on while one is hashed."""
     ahead: deque[Future[memoryview]] = deque()
     with open_file(path) as file, ThreadPoolExecutor(_NUM_AHEAD) as readers:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         size = os.fstat(file.fileno()).st_size
         rooms = [memoryview(bytearray(min(size, _CHUNK_BYTES))) for _ in range(_NUM_AHEAD + 1)]
 
@@ -208,7 +204,11 @@ def _chunks_ahead(path: Path) -> Iterator[memoryview]:
             room = rooms[start // _CHUNK_BYTES % len(rooms)]
             return room[: os.preadv(file.fileno(), [room], start)]
 
-        for start in range(0, size, _CHUNK_BYTES):
+        starts = range(0, size, _CHUNK_BYTES)
+        if (os.cpu_count() or 1) < _ENOUGH_PROCESSORS:  # threads would take the time of this one, or of other ranks
+            yield from map(read, starts)
+            return
+        for start in starts:
             if len(ahead) == len(rooms):
                 yield ahead.popleft().result()
             ahead.append(readers.submit(read, start))

@@ -16,11 +16,12 @@ from typing import IO, Any, BinaryIO, ClassVar, NamedTuple, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from tiepolicy.files import Record, RecordUnpickler, member, record
-from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
-from tiepolicy_dcp._frames import STORAGES, contiguous_stride
+from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_, read_soon
+from tiepolicy_dcp._frames import STORAGES, contiguous_stride, frame
 from tiepolicy_dcp.errors import CheckpointError
 
 #: Types that `torch.save` names beside a storage without one.
@@ -33,6 +34,8 @@ _NO_TENSOR = (
 )
 #: Of one tensor takes some hundred bytes.
 _MAX_PICKLE_BYTES = 1 << 16
+#: What is looked at of either end of an archive, and from which length on each end is asked for by itself.
+_END_BYTES, _LONG_BYTES = 1 << 10, 1 << 20
 #: Signature to extra field, of which the lengths of the name and of the extra field are the last.
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
@@ -48,8 +51,8 @@ class StoredTensor(NamedTuple):
 class ArchiveReader(FileSystemReader):
     """DCP's reader of a local folder, which finds first and reads then, without a copy in between where it can."""
 
-    def find(self, plan: LoadPlan) -> None:
-        """Find what the plan asks for where the metadata says it is.
+    def find(self, plan: LoadPlan, metadata: Metadata) -> None:
+        """Find what the plan asks for where and as the metadata says it is.
 
         Raises:
             CheckpointError: If something else is there.
@@ -57,7 +60,7 @@ class ArchiveReader(FileSystemReader):
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        self._found = {name: self._find_all(name, items) for name, items in by_file.items()}
+        self._found = {name: self._find_all(name, items, metadata) for name, items in by_file.items()}
 
     def fill_(self, planner: LoadPlanner) -> None:
         """Read what was found into the tensors of the planner."""
@@ -70,19 +73,30 @@ class ArchiveReader(FileSystemReader):
         left = [item for pairs in self._found.values() for stored, item in pairs if stored is None]
         self.read_data(LoadPlan(left), planner).wait()
 
-    def _find_all(self, name: str, items: Sequence[ReadItem]) -> list[tuple[StoredTensor | None, ReadItem]]:
+    def _find_all(
+        self, name: str, items: Sequence[ReadItem], metadata: Metadata
+    ) -> list[tuple[StoredTensor | None, ReadItem]]:
         with self._open(name) as file:
-            return [(self._find(file, item), item) for item in items]
+            for info in (self.storage_data[item.storage_index] for item in items):
+                if info.length >= _LONG_BYTES:  # one by one, the disk would be waited for twice for each
+                    read_soon(file.fileno(), info.offset, _END_BYTES)
+                    read_soon(file.fileno(), info.offset + info.length - _END_BYTES, _END_BYTES)
+            return [(self._find(file, item, metadata), item) for item in items]
 
     def _open(self, name: str) -> BinaryIO:
         return cast("BinaryIO", member(Path(str(self.path)), name).open("rb", buffering=0))
 
-    def _find(self, file: BinaryIO, item: ReadItem) -> StoredTensor | None:
+    def _find(self, file: BinaryIO, item: ReadItem, metadata: Metadata) -> StoredTensor | None:
         info: _StorageInfo = self.storage_data[item.storage_index]
         assert item.type is LoadItemType.TENSOR  # what else there may be would be unpickled
         if info.transform_descriptors:
             return None
-        stored = find_tensor(file, info.offset, info.length)
+        tensor = metadata.state_dict_metadata[item.storage_index.fqn]
+        assert isinstance(tensor, TensorStorageMetadata)
+        assert item.storage_index.index is not None  # as DCP's planner looks for chunks
+        shape = tuple(tensor.chunks[item.storage_index.index].sizes)
+        stored = find_framed(file, info.offset, info.length, shape=shape, dtype=tensor.properties.dtype)
+        stored = stored or find_tensor(file, info.offset, info.length)
         if stored is None:
             check_archive(file, info.offset, info.length, name=item.dest_index.fqn)
         elif not _holds(stored, item):
@@ -91,6 +105,22 @@ class ArchiveReader(FileSystemReader):
                 "says"
             )
         return stored
+
+
+def find_framed(
+    file: BinaryIO, offset: int, length: int, *, shape: tuple[int, ...], dtype: torch.dtype
+) -> StoredTensor | None:
+    """Look at both ends of a part of a file; None if they are not those that this library writes for a tensor."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    around = frame(shape, dtype) if num_bytes < length else None
+    if around is None or length != len(around.head) + num_bytes + len(around.tail):
+        return None
+    start = offset + len(around.head)
+    for place, expected in ((offset, around.head), (start + num_bytes, around.tail)):
+        file.seek(place)
+        if file.read(len(expected)) != expected:
+            return None
+    return StoredTensor(start, shape, dtype)
 
 
 def find_tensor(file: BinaryIO, offset: int, length: int) -> StoredTensor | None:

@@ -19,6 +19,8 @@ PIECE_BYTES = 1 << 22
 NUM_PIECES = 8
 #: What a thread reads of a file, at a time, for a GPU.
 _NUM_READERS = 8
+#: Linux reads no more of what is asked for at once than its readahead, 128 KiB by default.
+_ASKED_BYTES = 1 << 17
 
 
 class Streams:
@@ -156,6 +158,13 @@ def read_(sections: Iterable[Section]) -> None:
         ]
         for part in reading:
             part.result()
+
+
+def read_soon(descriptor: int, start: int, num_bytes: int) -> None:
+    """Ask the system to have a part of a file in memory when it is read; nobody waits for that."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        for place in range(start, start + num_bytes, _ASKED_BYTES):
+            os.posix_fadvise(descriptor, place, min(_ASKED_BYTES, start + num_bytes - place), os.POSIX_FADV_WILLNEED)
 
 
 def fill_(descriptor: int, start: int, target: torch.Tensor) -> None:

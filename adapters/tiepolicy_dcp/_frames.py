@@ -5,6 +5,7 @@ Format: a zip file of stored records, one of them a pickle that describes the te
 `torch.serialization.set_crc32_options(False)`; `torch.load` asks for none, and the file's digest stands for it.
 """
 
+import functools
 import io
 import math
 import pickle
@@ -50,7 +51,8 @@ class Frame(NamedTuple):
     tail: bytes
 
 
-def frame(shape: Sequence[int], dtype: torch.dtype) -> Frame | None:
+@functools.lru_cache(maxsize=1024)
+def frame(shape: tuple[int, ...], dtype: torch.dtype) -> Frame | None:
     """The frame of a tensor; None if `torch.save` writes such a dtype in another format."""
     if dtype not in _KINDS:
         return None

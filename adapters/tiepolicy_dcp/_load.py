@@ -1,6 +1,8 @@
 """Step 16, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
+import contextlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,22 @@ from torch.optim import Optimizer
 import tiepolicy
 from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, observe, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
-from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, read_digests
+from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, member, read_digests
 from tiepolicy_dcp._conflicts import performed, settle_model, settle_optimizer
+from tiepolicy_dcp._devices import read_soon
 from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
 from tiepolicy_dcp._groups import decode, joined
 from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
 from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
 from tiepolicy_dcp._state import TENSORS, VALUES, ModelState, OptimizerState, StateEntry, observed, read_extra
+from tiepolicy_dcp._writer import data_file
 from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")
+
+#: As much as a disk reads while ranks plan.
+_EARLY_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +100,18 @@ def load(
         ManifestError: If the manifest contradicts itself or the metadata.
         CheckpointError: If the folder is no checkpoint, is damaged, or asks for more than reading tensors.
     """
+    _read_early(Path(folder))
     plan = agreed_plan(lambda: plan or tiepolicy.plan(model, external=external), stages=True)
     model_state = ModelState(model, plan=plan, external=external)
     optimizer_state = None if optimizer is None else OptimizerState(model, optimizer, plan=plan)
     return _restore(Path(folder).absolute(), model_state, optimizer_state, verify)
+
+
+def _read_early(folder: Path) -> None:
+    """Have the disk read, while ranks plan, what this one most likely wants first; what is wrong is found later."""
+    for name in (METADATA, MANIFEST, DIGESTS, VALUES, data_file(rank())):  # the short ones would wait behind the long
+        with contextlib.suppress(CheckpointError, OSError), member(folder, name).open("rb") as file:
+            read_soon(file.fileno(), 0, min(os.fstat(file.fileno()).st_size, _EARLY_BYTES))
 
 
 def _restore(folder: Path, model: ModelState, optimizer: OptimizerState | None, verify: Verify) -> Restored:

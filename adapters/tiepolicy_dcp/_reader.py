@@ -97,7 +97,7 @@ def find_tensors(stored: StoredTensors, targets: Mapping[str, tuple[str, torch.T
     with _naming(stored.folder):
         planner.set_up_planner({name: tensor for name, (_, tensor) in targets.items()}, metadata)
         reader.set_up_storage_reader(metadata, is_coordinator=False)
-        reader.find(planner.create_local_plan())
+        reader.find(planner.create_local_plan(), metadata)
 
     def fill() -> None:
         with _naming(stored.folder):
