@@ -1,6 +1,9 @@
 """What `torch.save` wrote is read in place, and what is no plain tensor is left to `torch.load`."""
 
+import contextlib
 import io
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,8 @@ from hypothesis import strategies as st
 import tiepolicy_dcp
 from models import TiedPair
 from tiepolicy_dcp import CheckpointError
-from tiepolicy_dcp._archives import StoredTensor, find_tensor
-from tiepolicy_dcp._frames import STORAGES
+from tiepolicy_dcp._archives import StoredTensor, find_framed, find_tensor
+from tiepolicy_dcp._frames import STORAGES, frame
 
 #: What stands before the archive in its file.
 BEFORE = b"other tensors "
@@ -34,6 +37,59 @@ def test_a_plain_tensor_is_found_with_its_bytes(shape, dtype):
     assert (tuple(shape), dtype) == (found.shape, found.dtype)
     expected = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     assert expected == file.getvalue()[found.start : found.start + len(expected)]
+
+
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    dtype=st.sampled_from(sorted(STORAGES.values(), key=str)),
+    data=st.data(),
+)
+def test_a_frame_is_known_by_every_byte_at_both_ends(shape, dtype, data):
+    around = frame(shape, dtype)
+    num_bytes = torch.empty(shape, dtype=dtype).nbytes
+    content = around.head + bytes(num_bytes) + around.tail
+    found = find_framed(io.BytesIO(BEFORE + content), len(BEFORE), len(content), shape=shape, dtype=dtype)
+    assert find_tensor(io.BytesIO(BEFORE + content), len(BEFORE), len(content)) == found
+    assert found is not None
+    at = data.draw(st.integers(0, len(content) - 1))
+    flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    inside = len(around.head) <= at < len(around.head) + num_bytes
+    assert inside == (find_framed(io.BytesIO(flipped), 0, len(content), shape=shape, dtype=dtype) is not None)
+    assert find_framed(io.BytesIO(content), 0, len(content), shape=(*shape, 2), dtype=dtype) is None
+    assert find_framed(io.BytesIO(content[:-1]), 0, len(content), shape=shape, dtype=dtype) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS cannot be asked")
+def test_a_load_asks_for_short_files_first_and_for_a_little_of_a_long_one(tmp_path, monkeypatch):
+    model = torch.nn.Linear(3000, 3000, bias=False)
+    tiepolicy_dcp.save(tmp_path / "c", model=model)
+    asked = []
+
+    def ask(descriptor, start, num_bytes, advice):
+        asked.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, start, start + num_bytes, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", ask)
+    monkeypatch.setattr("tiepolicy_dcp._load._EARLY_BYTES", 1 << 20)
+    tiepolicy_dcp.load(tmp_path / "c", model=model, verify="off")
+    names = list(dict.fromkeys(name for name, *_ in asked))
+    assert [".metadata", "manifest.json", "digests.json", "extra.json", "__0_0.distcp"] == names
+    assert {os.POSIX_FADV_WILLNEED} == {advice for *_, advice in asked}
+    early, ends = asked[:-2], asked[-2:]
+    assert list(range(0, 1 << 20, 1 << 17)) == [start for name, start, *_ in early if name == "__0_0.distcp"]
+    assert (tmp_path / "c" / "__0_0.distcp").stat().st_size == ends[1][2]
+    for _, start, end, _ in ends:
+        assert 1024 == end - start
+
+
+def test_a_load_does_without_a_system_that_can_be_asked(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    tiepolicy_dcp.save(tmp_path / "c", model=model)
+    for name in ("posix_fadvise", "POSIX_FADV_WILLNEED", "POSIX_FADV_SEQUENTIAL"):
+        with contextlib.suppress(AttributeError):
+            monkeypatch.delattr(os, name)
+    loaded = torch.nn.Linear(2, 2)
+    tiepolicy_dcp.load(tmp_path / "c", model=loaded)
+    assert torch.equal(model.weight, loaded.weight)
 
 
 @pytest.mark.parametrize(

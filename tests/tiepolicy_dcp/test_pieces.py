@@ -110,8 +110,12 @@ def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path):
             read_([Section(file.fileno(), len(content) - 4, torch.empty(5, dtype=torch.uint8))])
 
 
+@pytest.mark.parametrize("num_processors", [2, 64])
 @pytest.mark.parametrize("num_bytes", [0, 1, PIECE_BYTES, 11 * PIECE_BYTES + 5])
-def test_a_file_has_the_digest_of_its_bytes_in_order_though_it_is_read_ahead(tmp_path, num_bytes):
+def test_a_file_has_the_digest_of_its_bytes_in_order_though_it_is_read_ahead(
+    tmp_path, num_bytes, num_processors, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: num_processors)
     content = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "data").write_bytes(content)
     records = {"data": FileRecord(num_bytes, xxhash.xxh3_128(content).hexdigest())}
