@@ -1,41 +1,43 @@
-"""Step 20, headers: what a safetensors file holds, checked against its size, without reading a tensor.
+"""Step 20, headers: what a safetensors file holds, checked against its size, without reading a tensor, and written.
 
 Format: safetensors, README.md "Format" at 24b0b285: eight bytes of length, a JSON header, then the bytes of the tensors
 without gaps.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tiepolicy._facts import TensorSpec
 from tiepolicy._paths import MAX_JSON_BYTES, open_file, parse_json
 from tiepolicy.errors import CheckpointError
 
-#: Name in torch and size in bits of each dtype of the format.
+#: Name in torch and size in bits of each dtype of the format; `safetensors` writes tensors of the last ones first.
 DTYPES = {
     "BOOL": ("bool", 8),
     "F4": ("float4_e2m1fn_x2", 4),
     "F6_E2M3": ("float6_e2m3", 6),
     "F6_E3M2": ("float6_e3m2", 6),
-    "F8_E5M2": ("float8_e5m2", 8),
-    "F8_E4M3": ("float8_e4m3fn", 8),
-    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
-    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
-    "F8_E8M0": ("float8_e8m0fnu", 8),
     "U8": ("uint8", 8),
     "I8": ("int8", 8),
-    "U16": ("uint16", 16),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
     "I16": ("int16", 16),
+    "U16": ("uint16", 16),
     "F16": ("float16", 16),
     "BF16": ("bfloat16", 16),
-    "U32": ("uint32", 32),
     "I32": ("int32", 32),
+    "U32": ("uint32", 32),
     "F32": ("float32", 32),
-    "U64": ("uint64", 64),
-    "I64": ("int64", 64),
-    "F64": ("float64", 64),
     "C64": ("complex64", 64),
+    "F64": ("float64", 64),
+    "I64": ("int64", 64),
+    "U64": ("uint64", 64),
 }
 _METADATA_KEY = "__metadata__"
 _LENGTH_BYTES = 8
@@ -104,6 +106,33 @@ def read_header(path: Path) -> Header:
     first = _LENGTH_BYTES + length
     tensors = {name: stored._replace(start=first + start) for name, (start, _, stored) in ordered}
     return Header(tensors=tensors, metadata=metadata, size=size)
+
+
+def header_of(specs: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
+    """What a safetensors file begins with, as `safetensors` writes it, and the order of the tensors that follow.
+
+    Args:
+        specs: Of the tensors, by name; a tensor of two elements in a byte is as torch shapes it.
+
+    Raises:
+        CheckpointError: If the format has no such dtype.
+    """
+    types = {torch_name: (rank, name, bits) for rank, (name, (torch_name, bits)) in enumerate(DTYPES.items())}
+    for name, spec in specs.items():
+        if spec.dtype_name not in types:
+            raise CheckpointError(f"{name} is of {spec.dtype_name}, which no safetensors file can hold: convert it")
+    order = sorted(specs, key=lambda name: (-types[specs[name].dtype_name][0], name))
+    header: dict[str, Any] = {_METADATA_KEY: {"format": "pt"}}
+    end = 0
+    for name in order:
+        spec = specs[name]
+        _, dtype, bits = types[spec.dtype_name]
+        shape = (*spec.shape[:-1], *(size * 8 * spec.dtype.itemsize // bits for size in spec.shape[-1:]))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end + spec.nbytes)}
+        end += spec.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, order
 
 
 _Span = tuple[int, int, Stored]

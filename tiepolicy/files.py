@@ -23,4 +23,5 @@ from tiepolicy._pickles import RecordUnpickler as RecordUnpickler
 from tiepolicy._pickles import record as record
 from tiepolicy._safetensors import Header as Header
 from tiepolicy._safetensors import Stored as Stored
+from tiepolicy._safetensors import header_of as header_of
 from tiepolicy._safetensors import read_header as read_header

@@ -10,21 +10,19 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from tiepolicy.files import FileRecord, new_digest
+from tiepolicy import TensorSpec
+from tiepolicy.files import FileRecord, header_of, new_digest
 from tiepolicy_dcp._devices import PIECE_BYTES, Streams, as_bytes, pieces, write_at
-from tiepolicy_dcp._folder import flush_file, naming
+from tiepolicy_dcp._folder import naming
 from tiepolicy_dcp._frames import frame
-from tiepolicy_dcp.errors import CheckpointError
 
 #: Enough to keep a disk busy.
 _NUM_WRITERS = 2
@@ -228,21 +226,30 @@ def write_tensors(
     return Written(places, file.record())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[Sequence[str]], Iterable[torch.Tensor]],
+    *,
+    digest: bool = True,
+) -> FileRecord:
     """Write a safetensors file as other tools read it, and wait until it is on disk.
 
+    Args:
+        path: A file that does not exist.
+        specs: Of the tensors, by name.
+        read: Gives those of some names on the CPU; all need not be there at once.
+        digest: Whether the record of the file has one.
+
     Raises:
-        CheckpointError: If it cannot be written.
+        CheckpointError: If safetensors files cannot hold a dtype.
     """
-    with naming(path):
-        path.touch(exist_ok=False)
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:  # which is none of the system's errors, whatever its cause
-        raise CheckpointError(f"{path} could not be written: {error}. Nothing was kept") from error
-    path.chmod(mode)  # safetensors 0.8 lets nobody but its writer read what it wrote, whatever the umask
-    flush_file(path)
+    header, order = header_of(specs)
+    with naming(path), PieceFile(path, Streams(), pinned=False, digest=digest) as file:
+        file.write(header)
+        for tensor in read(order):
+            file.append(as_bytes(tensor))
+    return file.record()
 
 
 def _append(tensor: torch.Tensor, file: PieceFile, streams: Streams | None) -> None:

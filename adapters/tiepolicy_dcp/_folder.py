@@ -108,12 +108,6 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def flush_file(path: Path) -> None:
-    """Wait until a file that another library wrote is on disk."""
-    with naming(path), path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file and wait until it is on disk."""
     with naming(path), path.open("w", encoding="utf-8") as file:

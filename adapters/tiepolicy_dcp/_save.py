@@ -1,8 +1,9 @@
 """Step 13, saving: plan, agree, write, flush, publish."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
 #: File of a checkpoint with the whole model as other tools read it.
 CONSOLIDATED = "model.safetensors"
+#: How much of it is in memory, but for a larger tensor.
+_BYTES_AT_ONCE = 1 << 25
 
 
 def save(
@@ -64,8 +67,8 @@ def save(
         plan: The model's plan; made by the default policy if not given.
         external: Other models, by the names to know them under: `save(folder, model=draft, external={"target": model})`
             leaves out what is the target's, and records its digest.
-        consolidated: Also write `model.safetensors`, the whole model without aliases: rank 0 reads what all ranks wrote
-            into memory of the CPU.
+        consolidated: Also write `model.safetensors`, the whole model without aliases: rank 0 makes it of what all ranks
+            wrote.
         digests: Whether to hash what is written, so that damage is found on load; without, only the sizes of files are.
 
     Returns:
@@ -196,22 +199,29 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
     write_extra(unfinished, contents.extra)
     if job.record is not None:
         write_text(unfinished / RECORD, json.dumps(job.record, indent=1))
-    if contents.consolidated:
-        write_safetensors(unfinished / CONSOLIDATED, _written(unfinished, contents.plan))
     records = {data_file(of_rank): record for of_rank, (_, record) in enumerate(of_ranks)}
+    if contents.consolidated:
+        records[CONSOLIDATED] = _consolidate(unfinished, contents)
     others = [path for path in unfinished.iterdir() if path.name not in records]
     own = measure(others, digests=contents.digests)
     write_text(unfinished / DIGESTS, digests_text({**records, **own}))
     publish(unfinished, job.folder)
 
 
-def _written(unfinished: Path, plan: TiePlan) -> dict[str, torch.Tensor]:
-    """The whole model from the files of all ranks: each may have had a part of it only."""
+def _consolidate(unfinished: Path, contents: Contents) -> FileRecord:
+    """Write the whole model, a few tensors at a time, from the files of all ranks: each may have had a part only."""
     stored = StoredTensors(unfinished)
-    specs = stored.specs("model.")
-    tensors = {name: torch.empty(specs[name].shape, dtype=specs[name].dtype) for name in plan.stored()}
-    find_tensors(stored, {name: (f"model.{name}", tensor) for name, tensor in tensors.items()})()
-    return tensors
+    named = stored.specs("model.")
+    specs = {name: named[name] for name in contents.plan.stored()}
+
+    def read(names: Sequence[str]) -> Iterator[torch.Tensor]:
+        ends = accumulate(specs[name].nbytes for name in names)
+        for _, few in groupby(zip(names, ends, strict=True), lambda pair: pair[1] // _BYTES_AT_ONCE):
+            tensors = {name: torch.empty(specs[name].shape, dtype=specs[name].dtype) for name, _ in few}
+            find_tensors(stored, {name: (f"model.{name}", tensor) for name, tensor in tensors.items()})()
+            yield from tensors.values()
+
+    return write_safetensors(unfinished / CONSOLIDATED, specs, read, digest=contents.digests)
 
 
 def _as_checkpoint_error(folder: Path, error: Exception) -> CheckpointError:

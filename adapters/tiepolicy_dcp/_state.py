@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import tiepolicy
-from tiepolicy import Owners, TiePlan
+from tiepolicy import Owners, TensorSpec, TiePlan
 from tiepolicy.files import member
 from tiepolicy_dcp._files import write_safetensors
 from tiepolicy_dcp._folder import read_json, write_text
@@ -287,7 +287,8 @@ def pack_extra(extra: Mapping[str, Any]) -> Extra:
 def write_extra(folder: Path, extra: Extra) -> None:
     """Write both files; the one for tensors only if there are any."""
     if extra.tensors:
-        write_safetensors(folder / TENSORS, extra.tensors)
+        specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in extra.tensors.items()}
+        write_safetensors(folder / TENSORS, specs, lambda names: [extra.tensors[name] for name in names])
     write_text(folder / VALUES, extra.values)
 
 

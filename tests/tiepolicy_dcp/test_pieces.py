@@ -1,7 +1,9 @@
 """Data files: tensors written piece by piece are those that `torch.load` reads, and the record is that of the file."""
 
 import io
+import math
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,17 @@ import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
+from tiepolicy import TensorSpec
+from tiepolicy._safetensors import DTYPES
 from tiepolicy.files import FileRecord, check_files, measure
 from tiepolicy_dcp import _files
 from tiepolicy_dcp._archives import find_tensor
 from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, as_bytes, fetch, read_
-from tiepolicy_dcp._files import write_tensors
+from tiepolicy_dcp._files import write_safetensors, write_tensors
 from tiepolicy_dcp._frames import STORAGES, frame
+from tiepolicy_dcp.errors import CheckpointError
 
 
 def framed(tensor):
@@ -38,6 +44,38 @@ def test_torch_reads_a_frame_with_another_reader_too(tmp_path):
     tensor = torch.arange(1000.0).reshape(50, 20)
     (tmp_path / "t.pt").write_bytes(framed(tensor))
     assert torch.equal(tensor, torch.load(tmp_path / "t.pt", mmap=True, weights_only=True))
+
+
+def write_all(path, tensors):
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return write_safetensors(path, specs, lambda names: [tensors[name] for name in names])
+
+
+@given(
+    kinds=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"])),
+        st.tuples(
+            st.sampled_from([getattr(torch, name) for name, _ in DTYPES.values() if hasattr(torch, name)]),
+            st.lists(st.integers(0, 5), min_size=1, max_size=3) | st.just([]),
+        ).filter(lambda kind: kind != (torch.float4_e2m1fn_x2, [])),
+    )
+)
+def test_a_safetensors_file_is_the_one_that_safetensors_writes_to_the_byte(kinds):
+    tensors = {}
+    for name, (dtype, shape) in kinds.items():
+        noise = torch.randint(0, 2, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
+        tensors[name] = noise.view(dtype).reshape(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        record = write_all(path, tensors)
+        assert save(tensors, metadata={"format": "pt"}) == path.read_bytes()
+        assert {path.name: record} == measure([path])
+
+
+def test_a_dtype_that_safetensors_files_cannot_hold_is_refused_before_there_is_a_file(tmp_path):
+    with pytest.raises(CheckpointError, match="head is of complex128, which no safetensors file can hold: convert it"):
+        write_all(tmp_path / "x", {"head": torch.zeros(2, dtype=torch.complex128)})
+    assert [] == list(tmp_path.iterdir())
 
 
 def every_layout():
