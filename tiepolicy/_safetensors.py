@@ -111,25 +111,22 @@ def read_header(path: Path) -> Header:
 def header_of(specs: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
     """What a safetensors file begins with, as `safetensors` writes it, and the order of the tensors that follow.
 
-    Args:
-        specs: Of the tensors, by name; a tensor of two elements in a byte is as torch shapes it.
-
     Raises:
         CheckpointError: If the format has no such dtype.
     """
-    types = {torch_name: (rank, name, bits) for rank, (name, (torch_name, bits)) in enumerate(DTYPES.items())}
+    types = {torch_name: (-rank, name, bits) for rank, (name, (torch_name, bits)) in enumerate(DTYPES.items())}
     for name, spec in specs.items():
         if spec.dtype_name not in types:
             raise CheckpointError(f"{name} is of {spec.dtype_name}, which no safetensors file can hold: convert it")
-    order = sorted(specs, key=lambda name: (-types[specs[name].dtype_name][0], name))
+    order = sorted(specs, key=lambda name: (types[specs[name].dtype_name], name))
     header: dict[str, Any] = {_METADATA_KEY: {"format": "pt"}}
     end = 0
     for name in order:
-        spec = specs[name]
+        spec, start = specs[name], end
+        end += spec.nbytes
         _, dtype, bits = types[spec.dtype_name]
         shape = (*spec.shape[:-1], *(size * 8 * spec.dtype.itemsize // bits for size in spec.shape[-1:]))
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end + spec.nbytes)}
-        end += spec.nbytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text, order

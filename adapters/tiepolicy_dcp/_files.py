@@ -238,7 +238,7 @@ def write_safetensors(
     Args:
         path: A file that does not exist.
         specs: Of the tensors, by name.
-        read: Gives those of some names on the CPU; all need not be there at once.
+        read: Gives those of some names, on the CPU, one after another.
         digest: Whether the record of the file has one.
 
     Raises:

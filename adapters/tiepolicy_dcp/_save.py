@@ -67,8 +67,7 @@ def save(
         plan: The model's plan; made by the default policy if not given.
         external: Other models, by the names to know them under: `save(folder, model=draft, external={"target": model})`
             leaves out what is the target's, and records its digest.
-        consolidated: Also write `model.safetensors`, the whole model without aliases: rank 0 makes it of what all ranks
-            wrote.
+        consolidated: Also write `model.safetensors`, the whole model without aliases.
         digests: Whether to hash what is written, so that damage is found on load; without, only the sizes of files are.
 
     Returns:
@@ -209,7 +208,7 @@ def _finish(job: Job, of_ranks: Sequence[tuple[list[WriteResult], FileRecord]]) 
 
 
 def _consolidate(unfinished: Path, contents: Contents) -> FileRecord:
-    """Write the whole model, a few tensors at a time, from the files of all ranks: each may have had a part only."""
+    """Write the whole model, a few tensors at a time, from what all ranks wrote: each may have had a part only."""
     stored = StoredTensors(unfinished)
     named = stored.specs("model.")
     specs = {name: named[name] for name in contents.plan.stored()}
