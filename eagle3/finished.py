@@ -90,8 +90,7 @@ def init_from_existing_(draft: Draft, folder: Path, *, target: Target, options: 
 
     Raises:
         DraftError: It does not, or not its own config.
-        CheckpointError: The checkpoint is of another target.
-        TiePolicyError: It is missing or damaged.
+        TiePolicyError: The checkpoint is missing or damaged.
     """
     config, layers = draft.config, list(target.layer_ids)
     config.eagle_aux_hidden_state_layer_ids = config.eagle_aux_hidden_state_layer_ids or layers
@@ -101,19 +100,24 @@ def init_from_existing_(draft: Draft, folder: Path, *, target: Target, options: 
             needed["draft_vocab_size" if name == "vocab_size" else name] = value or target.vocab_size
     require_draft(config, folder, **needed)
     logger.info("Draft taken over from %s, with its rope %s", folder, config.rope_parameters)
-    run = run_of(folder)
+    run, embedding, t2d_V = run_of(folder), draft.embed_tokens.weight, draft.t2d
+    tensors, is_same = {"t2d": t2d_V}, True
     if run is not None:
-        store = CheckpointStore(run / "checkpoints")
-        checkpoint = store.resolve("LATEST" if run == folder else folder.name)
-        load_draft_(store, checkpoint, draft, owners_of(target), target_digest(target))
-        return
-    embedding, t2d_V = draft.embed_tokens.weight, draft.t2d
-    try:
-        tensors = exported_tensors(folder) | {"t2d": t2d_V}
+        room = Draft(config)
         if not embedding.requires_grad:
-            stored = tensors.get("embed_tokens.weight", embedding)
-            if not torch.equal(embedding.to(stored), stored):
-                logger.warning("The draft in %s has another embedding than the target, and gets the target's", folder)
+            del room.embed_tokens
+        store = CheckpointStore(run / "checkpoints")
+        stored = store.load(store.resolve("LATEST" if run == folder else folder.name), model=room)
+        tensors, is_same = room.state_dict(), stored.extra.get("target_digest") == target_digest(target)
+    try:
+        if run is None:
+            tensors = exported_tensors(folder) | tensors
+        if not embedding.requires_grad:
+            given = tensors.get("embed_tokens.weight", embedding)
+            if not is_same or not torch.equal(embedding.to(given), given):
+                logger.warning(
+                    "The draft in %s was trained beside another target; it gets the embedding of this", folder
+                )
             tensors["embed_tokens.weight"] = embedding
         if len(draft.d2t) == len(t2d_V):
             tensors.setdefault("d2t", draft.d2t)

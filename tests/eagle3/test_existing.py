@@ -216,24 +216,33 @@ def test_a_file_as_other_trainers_write_it_is_read_as_engines_read_it(world, tmp
 
 
 @pytest.mark.slow
-def test_beside_another_target_an_exported_draft_gets_that_targets_embedding(world, tmp_path, caplog):
-    """The log says so where the file tells; a run's own draft is for its own target."""
+def test_beside_another_target_the_draft_gets_the_embedding_of_that(world, tmp_path, caplog):
+    """The log says so where there is something to tell it by."""
     target = tmp_path / "target"
     shutil.copytree(world / "target", target)
     weights = load_file(target / "model.safetensors")
     weights["model.embed_tokens.weight"] += 1.0
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    for source in ("shrunk-plain", "shrunk-speculators"):
+    for source in ("shrunk-plain", "shrunk-speculators", "shrunk"):
         caplog.clear()
         train(from_draft(world, tmp_path / source, world / source, target=target, lr=STANDSTILL), ALONE)
-        sentence = f"The draft in {world / source} has another embedding than the target, and gets the target's"
-        assert (source == "shrunk-speculators") == (sentence in caplog.messages)
+        sentence = f"The draft in {world / source} was trained beside another target; it gets the embedding of this"
+        assert (source != "shrunk-plain") == (sentence in caplog.messages)
         kept = weights_of(tmp_path / source, "epoch_1_step_1")
         assert torch.equal(weights["model.embed_tokens.weight"], kept["embed_tokens.weight"])
-    with pytest.raises(
-        CheckpointError, match="epoch_1_step_1 holds a draft of another target: the embedding or the head"
-    ):
-        train(from_draft(world, tmp_path / "run", world / "shrunk", target=target), ALONE)
+        assert torch.equal(
+            kept["fc.weight"].bfloat16(), load_file(world / "shrunk-plain/model.safetensors")["fc.weight"]
+        )
+
+
+@pytest.mark.slow
+def test_the_draft_of_a_run_goes_on_beside_its_target_in_another_dtype(world, tmp_path, caplog):
+    config = from_draft(world, tmp_path, world / "shrunk", dtype="bfloat16", lr=STANDSTILL)
+    train(config, ALONE)
+    assert "beside another target" not in caplog.text
+    kept, begun = weights_of(tmp_path, "epoch_1_step_1"), weights_of(world / "shrunk", "epoch_1_step_1")
+    assert torch.bfloat16 == kept.pop("embed_tokens.weight").dtype
+    assert same({name: begun[name] for name in kept}, kept)
 
 
 @pytest.mark.parametrize(
