@@ -3,16 +3,19 @@
 How many bytes, seconds and megabytes of memory does a checkpoint of a tied and of an untied model take? `tiepolicy_dcp`
 beside the tools that save the same model. Each round runs every tool once, in turn, so that a busy moment of the
 machine hits all of them; each operation runs in a process of its own, forked from one that holds the model. Saves end
-when the disk has everything. Before a load the files are all in memory ("warm") or all on the disk only ("cold"),
-however they were written; it fills a model that is there already. Two ranks under torchrun save and load the model as
-FSDP2 shards it. A save in the background is held against one copy in memory, made right before it: by the clock, and by
-the processor time of the caller, which other processes of the machine do not lengthen. `--size 0.02` tries it quickly.
+when the disk has everything. A load fills a model that is there already. Before it the files are all in memory
+("warm") or all on the disk only ("cold"), however they were written. A disk is less even than memory: cold loads have
+three times as many rounds, after one save of each tool, and an order of their own in each. Two ranks under torchrun
+save and load the model as FSDP2 shards it. A save in the background is held against one copy in memory, made right
+before it: by the clock, and by the processor time of the caller, which other processes of the machine do not lengthen.
+`--size 0.02` tries it quickly.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -70,8 +73,8 @@ def unique_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tiepolicy.plan(model).compact(dict(model.state_dict())).values())
 
 
-#: Where the files are before a load.
-BEFORE_LOADS = {"cold": forget, "warm": remember}
+#: Cold loads of each tool, for one round of all else.
+COLD_ROUNDS = 3
 RANKED_TOOLS = (OURS, BASELINE, "dcp")
 
 
@@ -113,7 +116,7 @@ def forked(step: Callable[[], Any]) -> Any:
 
 
 def one_round(model: nn.Module, folder: Path) -> list[Row]:
-    """Every tool saves in each of its ways, and loads cold and warm."""
+    """Every tool saves in each of its ways, and loads warm."""
     rows = []
     target = folder / "c"
     for tool, (saves, loads) in TOOLS.items():
@@ -123,12 +126,42 @@ def one_round(model: nn.Module, folder: Path) -> list[Row]:
             size = sum(path.stat().st_size for path in target.rglob("*"))
             rows.append({"tool": tool, "operation": operation, "bytes": size, **row})
         for operation, load in loads.items():
-            for state, prepare in BEFORE_LOADS.items():
-                prepare(target)
-                row = forked(lambda load=load: measured_load(model, load, target))
-                rows.append({"tool": tool, "operation": f"{operation} {state}", **row})
+            remember(target)
+            row = forked(lambda load=load: measured_load(model, load, target))
+            rows.append({"tool": tool, "operation": f"{operation} warm", **row})
     shutil.rmtree(target)
     return rows
+
+
+def cold_rounds(
+    tools: Iterable[str], folder: Path, num_rounds: int, *, saved: Callable[..., object], loaded: Callable[..., Row]
+) -> list[list[Row]]:
+    """Every tool saves once in the last of its ways; then all load from the disk, in another order in each round."""
+    loads = [(tool, operation, load) for tool in tools for operation, load in TOOLS[tool][1].items()]
+    for tool in dict.fromkeys(tool for tool, *_ in loads):
+        saved(list(TOOLS[tool][0].values())[-1], folder / tool)
+    rounds = []
+    for number in range(num_rounds):
+        rows = {}
+        for tool, operation, load in random.Random(number).sample(loads, len(loads)):  # noqa: S311 - any order
+            row = loaded(load, folder / tool)
+            rows[tool, operation] = {"tool": tool, "operation": f"{operation} cold", **row}
+        rounds.append([rows[tool, operation] for tool, operation, _ in loads])
+    return rounds
+
+
+def cold_rounds_of_one(model: nn.Module, folder: Path, num_rounds: int) -> list[list[Row]]:
+    """The same in one process after the other."""
+
+    def loaded(load: Save, path: Path) -> Row:
+        forget(path)
+        row: Row = forked(lambda: measured_load(model, load, path))
+        return row
+
+    def saved(save: Save, path: Path) -> None:
+        forked(lambda: save(model, path))
+
+    return cold_rounds(TOOLS, folder, num_rounds, saved=saved, loaded=loaded)
 
 
 def measured_load(model: nn.Module, load: Save, folder: Path) -> Row:
@@ -183,14 +216,14 @@ def measured_digest(model: nn.Module) -> Row:
     return measured(lambda: [xxhash.xxh3_128(tensor.view(torch.uint8).numpy()) for tensor in tensors])
 
 
-def on_ranks(folder: Path, *, tied: bool, size: float, num_rounds: int) -> list[Row]:
-    """The same in two processes under torchrun."""
+def on_ranks(folder: Path, *, tied: bool, size: float, num_rounds: int) -> tuple[list[list[Row]], list[list[Row]]]:
+    """The same in two processes under torchrun: rounds of all but the cold loads, and rounds of these."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     options = ["--ranked", str(folder), "--tied", str(int(tied)), "--size", str(size), "--rounds", str(num_rounds)]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *options], env=variables, check=True)
-    rows: list[Row] = json.loads((folder / "rows.json").read_text())
-    return rows
+    rounds, cold = json.loads((folder / "rows.json").read_text())
+    return rounds[1:], cold[COLD_ROUNDS:]  # the first ones warm up
 
 
 def as_rank(folder: Path, *, tied: bool, size: float, num_rounds: int) -> None:
@@ -198,9 +231,11 @@ def as_rank(folder: Path, *, tied: bool, size: float, num_rounds: int) -> None:
     dist.init_process_group("gloo")
     warnings.simplefilter("ignore")
     model = fully_shard(llama(tied=tied, size=size), mesh=init_device_mesh("cpu", (2,)))
-    rows = []
+    rounds: list[list[Row]] = []
     target = folder / "c"
     for _ in range(num_rounds):
+        rows: list[Row] = []
+        rounds.append(rows)
         for tool in RANKED_TOOLS:
             saves, loads = TOOLS[tool]
             for operation, save in saves.items():
@@ -209,12 +244,19 @@ def as_rank(folder: Path, *, tied: bool, size: float, num_rounds: int) -> None:
                 size = sum(path.stat().st_size for path in target.rglob("*"))
                 rows.append({"tool": tool, "operation": operation, "bytes": size, **row})
             for operation, load in loads.items():
-                for state, prepare in BEFORE_LOADS.items():
-                    on_first(lambda prepare=prepare: prepare(target))
-                    row = ranked(lambda load=load: load(model, target))
-                    rows.append({"tool": tool, "operation": f"{operation} {state}", **row})
+                on_first(lambda: remember(target))
+                row = ranked(lambda load=load: load(model, target))
+                rows.append({"tool": tool, "operation": f"{operation} warm", **row})
+    on_first(lambda: shutil.rmtree(target))
+
+    def loaded(load: Save, path: Path) -> Row:
+        on_first(lambda: forget(path))
+        return ranked(lambda: load(model, path))
+
+    num_cold = COLD_ROUNDS * num_rounds
+    cold = cold_rounds(RANKED_TOOLS, folder, num_cold, saved=lambda save, path: save(model, path), loaded=loaded)
     if dist.get_rank() == 0:
-        (folder / "rows.json").write_text(json.dumps(rows))
+        (folder / "rows.json").write_text(json.dumps([rounds, cold]))
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -294,15 +336,18 @@ def run_case(folder: Path, *, tied: bool, size: float, num_rounds: int) -> list[
     unique = unique_bytes(model)
     one_round(model, folder)  # warms up
     rows = summary(name, [one_round(model, folder) for _ in range(num_rounds)], unique)
+    cold = folder / "cold"
+    cold.mkdir()
+    rows += summary(name, cold_rounds_of_one(model, cold, COLD_ROUNDS * num_rounds), unique)
+    shutil.rmtree(cold)
     for worker in ("thread", "process"):
         rounds = [forked(lambda worker=worker: measured_async(model, folder, worker)) for _ in range(num_rounds)]
         rows += summary(name, rounds, unique)
     digests = [[{"tool": "xxh3_128 alone", "operation": "digest", **measured_digest(model)}] for _ in range(num_rounds)]
     rows += summary(name, digests, unique)
-    ranked = on_ranks(folder, tied=tied, size=size, num_rounds=num_rounds + 1)
-    length = len(ranked) // (num_rounds + 1)
-    rounds = [ranked[start : start + length] for start in range(length, len(ranked), length)]
-    return rows + summary(f"{name}, 2 ranks", rounds, unique)
+    for rounds in on_ranks(folder, tied=tied, size=size, num_rounds=num_rounds + 1):
+        rows += summary(f"{name}, 2 ranks", rounds, unique)
+    return rows
 
 
 def main() -> None:
