@@ -21,7 +21,7 @@ import tiepolicy
 import tiepolicy_hf
 from hf_zoo import build, entries
 from models import tiny_llama
-from tiepolicy.errors import MissingTensorError
+from tiepolicy.errors import MissingTensorError, TieConflictError
 from tiepolicy.files import read_header
 
 TRIPLE = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight")
@@ -111,6 +111,16 @@ def test_a_text_flag_alone_ties_nothing_that_is_stored_twice(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = tiepolicy_hf.from_pretrained(LlavaForConditionalGeneration, tmp_path)
     assert torch.equal(model.get_output_embeddings().weight, loaded.get_output_embeddings().weight)
+
+
+def test_a_text_flag_alone_does_not_even_tie_equal_values_that_are_stored_twice(tmp_path):
+    model = tiny(Qwen3VLForConditionalGeneration, tied=False)
+    set_flags(model, top=False, text=True)
+    model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path)
+    loaded = tiepolicy_hf.from_pretrained(Qwen3VLForConditionalGeneration, tmp_path)
+    assert torch.equal(loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight)
+    assert loaded.get_output_embeddings().weight is not loaded.get_input_embeddings().weight
 
 
 @pytest.mark.survey("T55")
@@ -216,6 +226,35 @@ def test_a_tie_that_nobody_declared_is_stored_under_both_names_and_tied_when_loa
     loaded = tiepolicy_hf.from_pretrained(TwoScorers, folder)
     assert loaded.second.weight is loaded.first.weight
     assert torch.equal(model.second.weight, loaded.second.weight)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_what_a_class_ties_binds_where_another_tool_stored_both_names(equal, tmp_path):
+    model = TwoScorers(tiny_llama(tie_word_embeddings=False).config)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["second.weight"] += 0.0 if equal else 1.0
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    if equal:
+        loaded = tiepolicy_hf.from_pretrained(TwoScorers, tmp_path)
+        assert loaded.second.weight is loaded.first.weight
+    else:
+        with pytest.raises(TieConflictError, match=r"^second.weight and first.weight are one tensor by the model's"):
+            tiepolicy_hf.from_pretrained(TwoScorers, tmp_path)
+
+
+class Forgiving(LlamaForCausalLM):
+    """A class that says which of its tensors a file need not hold."""
+
+    _keys_to_ignore_on_load_missing = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+def test_a_tied_tensor_that_a_class_calls_dispensable_is_missed_all_the_same(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    without(tmp_path, "model.embed_tokens.weight")
+    with pytest.raises(MissingTensorError, match=r"^lm_head.weight \(96, 16\) \(and 1 more\) is not in"):
+        tiepolicy_hf.from_pretrained(Forgiving, tmp_path)
 
 
 def test_what_a_class_ties_and_the_plan_in_a_folder_keeps_apart_stays_apart(tmp_path):
