@@ -255,14 +255,14 @@ class DraftChain:
         """
         draft = self.draft
         states_RH = draft.fuse(aux_RA.to(draft.fc.weight.dtype))
-        states_RH = self._step(known_ids, states_RH, start=self.num_known)
+        state_1H = self._step(known_ids, states_RH, start=self.num_known)
         self.num_known += len(known_ids)
         proposals: list[Proposal] = []
         while len(proposals) < num_tokens:
             if proposals:
                 start = self.num_known + len(proposals) - 1
-                states_RH = self._step([proposals[-1].token], states_RH[-1:], start=start)
-            index, q_D = rule.propose(draft.lm_head(draft.head_states(states_RH[-1])))
+                state_1H = self._step([proposals[-1].token], state_1H, start=start)
+            index, q_D = rule.propose(draft.lm_head(draft.head_states(state_1H[0])))
             proposals.append(Proposal(token=int(self.target_ids_D[index]), q_V=self._over_target(q_D)))
             if proposals[-1].token in stop_ids:
                 break
@@ -276,18 +276,16 @@ class DraftChain:
         return q_V
 
     def _step(self, token_ids: Sequence[int], states_RH: Tensor, *, start: int) -> Tensor:
-        """Runs rows from `start` on, each behind the one before, and keeps their keys; the next states (R, H)."""
+        """Keeps the keys of rows from `start` on; the next state (1, H) of the last, which sees all that are kept."""
         draft, end = self.draft, start + len(token_ids)
         device = states_RH.device
         positions_R = torch.arange(start, end, device=device)
         inputs_Ru = draft.step_inputs(torch.tensor(token_ids, device=device), states_RH)
         self.k_NKd[start:end], self.v_NKd[start:end] = draft.keys_values(inputs_Ru, positions_R, length=len(self.k_NKd))
-        seen_RN = torch.arange(end, device=device) <= positions_R[:, None]
-        attended_QRd = functional.scaled_dot_product_attention(
-            draft.queries(inputs_Ru, positions_R, length=len(self.k_NKd)).transpose(0, 1),
+        attended_Q1d = functional.scaled_dot_product_attention(
+            draft.queries(inputs_Ru[-1:], positions_R[-1:], length=len(self.k_NKd)).transpose(0, 1),
             self.k_NKd[:end].transpose(0, 1),
             self.v_NKd[:end].transpose(0, 1),
-            attn_mask=seen_RN if len(token_ids) > 1 else None,
             enable_gqa=True,
         )
-        return draft.next_states(states_RH, attended_QRd.transpose(0, 1))
+        return draft.next_states(states_RH[-1:], attended_Q1d.transpose(0, 1))

@@ -66,6 +66,15 @@ def test_norms_do_not_decay_and_matrices_do():
     assert (None, None) == (matrix.grad, vector.grad)
 
 
+def test_the_first_step_of_a_run_moves_by_the_rate_at_its_end():
+    model = nn.Linear(2, 2)
+    optimizer = DraftOptimizer(model, TrainConfig(lr=0.1, warmup_ratio=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    lr, _ = optimizer.step(scale=torch.tensor(1.0), seen_before=0.0, seen_after=0.25)
+    assert 0.05 == lr == optimizer.adamw.param_groups[0]["lr"]
+
+
 def test_frozen_parameters_are_not_moved():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
     optimizer = DraftOptimizer(model, TrainConfig(lr=0.1, weight_decay=0.5, warmup_ratio=0.0))

@@ -143,6 +143,12 @@ def test_a_copy_that_followed_links_is_a_store_like_any_other(tmp_path):
     assert ("next", "next") == pointers(store)
 
 
+def test_a_root_that_was_moved_keeps_its_pointers(tmp_path):
+    save_all(CheckpointStore(tmp_path / "here"), [1.0])
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert tmp_path / "there" / "step_0" == CheckpointStore(tmp_path / "there").resolve("LATEST")
+
+
 def test_a_damaged_record_is_named_before_anything_is_written(tmp_path):
     with CheckpointStore(tmp_path) as store:
         save_all(store, [1.0])
