@@ -204,11 +204,10 @@ def _chunks(path: Path) -> Iterator[memoryview]:
             room = rooms[start // _CHUNK_BYTES % len(rooms)]
             return room[: os.preadv(file.fileno(), [room], start)]
 
-        starts = range(0, size, _CHUNK_BYTES)
         if (os.cpu_count() or 1) < _ENOUGH_PROCESSORS:  # threads would take the time of this one, or of other ranks
-            yield from map(read, starts)
+            yield from map(read, range(0, size, _CHUNK_BYTES))
             return
-        for start in starts:
+        for start in range(0, size, _CHUNK_BYTES):
             if len(ahead) == len(rooms):
                 yield ahead.popleft().result()
             ahead.append(readers.submit(read, start))

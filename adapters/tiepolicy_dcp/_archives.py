@@ -57,10 +57,11 @@ class ArchiveReader(FileSystemReader):
         Raises:
             CheckpointError: If something else is there.
         """
+        self._tensors = metadata.state_dict_metadata
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
-        self._found = {name: self._find_all(name, items, metadata) for name, items in by_file.items()}
+        self._found = {name: self._find_all(name, items) for name, items in by_file.items()}
 
     def fill_(self, planner: LoadPlanner) -> None:
         """Read what was found into the tensors of the planner."""
@@ -73,29 +74,27 @@ class ArchiveReader(FileSystemReader):
         left = [item for pairs in self._found.values() for stored, item in pairs if stored is None]
         self.read_data(LoadPlan(left), planner).wait()
 
-    def _find_all(
-        self, name: str, items: Sequence[ReadItem], metadata: Metadata
-    ) -> list[tuple[StoredTensor | None, ReadItem]]:
+    def _find_all(self, name: str, items: Sequence[ReadItem]) -> list[tuple[StoredTensor | None, ReadItem]]:
         with self._open(name) as file:
             for info in (self.storage_data[item.storage_index] for item in items):
                 if info.length >= _LONG_BYTES:  # one by one, the disk would be waited for twice for each
-                    read_soon(file.fileno(), info.offset, _END_BYTES)
-                    read_soon(file.fileno(), info.offset + info.length - _END_BYTES, _END_BYTES)
-            return [(self._find(file, item, metadata), item) for item in items]
+                    for place in (info.offset, info.offset + info.length - _END_BYTES):
+                        read_soon(file.fileno(), place, _END_BYTES)
+            return [(self._find(file, item), item) for item in items]
 
     def _open(self, name: str) -> BinaryIO:
         return cast("BinaryIO", member(Path(str(self.path)), name).open("rb", buffering=0))
 
-    def _find(self, file: BinaryIO, item: ReadItem, metadata: Metadata) -> StoredTensor | None:
+    def _find(self, file: BinaryIO, item: ReadItem) -> StoredTensor | None:
         info: _StorageInfo = self.storage_data[item.storage_index]
         assert item.type is LoadItemType.TENSOR  # what else there may be would be unpickled
         if info.transform_descriptors:
             return None
-        tensor = metadata.state_dict_metadata[item.storage_index.fqn]
+        tensor, index = self._tensors[item.storage_index.fqn], item.storage_index.index
         assert isinstance(tensor, TensorStorageMetadata)
-        assert item.storage_index.index is not None  # as DCP's planner looks for chunks
-        shape = tuple(tensor.chunks[item.storage_index.index].sizes)
-        stored = find_framed(file, info.offset, info.length, shape=shape, dtype=tensor.properties.dtype)
+        assert index is not None  # DCP's planner says which chunk it is
+        shape, dtype = tuple(tensor.chunks[index].sizes), tensor.properties.dtype
+        stored = find_framed(file, info.offset, info.length, shape=shape, dtype=dtype)
         stored = stored or find_tensor(file, info.offset, info.length)
         if stored is None:
             check_archive(file, info.offset, info.length, name=item.dest_index.fqn)
