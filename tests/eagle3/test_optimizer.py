@@ -1,5 +1,6 @@
 """How the learning rate goes, and how gradients are scaled and shortened."""
 
+import copy
 import itertools
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from eagle3.config import TrainConfig
-from eagle3.optimizer import DraftOptimizer, lr_factor, scale_and_clip_
+from eagle3.flat import FlatWeights
+from eagle3.optimizer import DraftOptimizer, FlatAdamW, lr_factor, scale_and_clip_
+from eagle3_steps import make_draft
 
 
 def factors(num_steps, warmup_ratio):
@@ -84,3 +87,20 @@ def test_frozen_parameters_are_not_moved():
     optimizer.step(scale=torch.tensor(1.0), seen_before=0.0, seen_after=0.5)
     is_moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
     assert [True, True, False, False] == is_moved
+
+
+def test_the_flat_optimizer_goes_on_counting_steps_where_another_stopped():
+    """Adam corrects its averages by the number of steps."""
+    weights = [FlatWeights(make_draft(), dtype=torch.float64) for _ in range(2)]
+    first, second = (FlatAdamW(part, lr=0.1) for part in weights)
+    for part in weights:
+        part.grad.fill_(1.0)
+    first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    with torch.no_grad():
+        weights[1].master.copy_(weights[0].master)
+    first.step()
+    second.step()
+    for one, other in zip(*(part.parameters.values() for part in weights), strict=True):
+        assert torch.equal(one, other)
+    assert {2.0} == {float(state["step"]) for state in second.state_dict()["state"].values()}
