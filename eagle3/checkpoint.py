@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 import tiepolicy
@@ -23,7 +22,7 @@ from eagle3.metrics import Measurement
 from eagle3.optimizer import DraftOptimizer
 from eagle3.parallel import Ranks
 from tiepolicy import Owners, TiePlan
-from tiepolicy.errors import DtypeMismatchError, ExternalOwnerError, ShapeMismatchError, TieConflictError
+from tiepolicy.errors import ExternalOwnerError, ShapeMismatchError
 from tiepolicy_dcp import CheckpointError as StoreError
 from tiepolicy_dcp import CheckpointStore, LostRankError, PendingSave, Restored
 
@@ -265,9 +264,6 @@ def load_draft_(
 ) -> Restored:
     """Fill a draft, and perhaps its optimizer, from a checkpoint that may leave the embedding to the target.
 
-    Also from one that holds the embedding itself, in float32 whatever the target's dtype; the target must have the same
-    then. The draft goes on sharing it.
-
     Args:
         store: Of the run.
         folder: The checkpoint.
@@ -288,19 +284,6 @@ def load_draft_(
         restored = store.load(folder, model=draft, optimizer=optimizer, external=external)
     except ExternalOwnerError as error:
         raise another from error
-    except (DtypeMismatchError, TieConflictError) as error:
-        # It holds the embedding; what else may be wrong with it, loading it as it was saved will tell.
-        if _EMBEDDING not in error.names:
-            raise
-        shared = draft.embed_tokens.weight
-        own = nn.Parameter(shared.detach().to(torch.float32, copy=True), requires_grad=False)
-        draft.embed_tokens.weight = own
-        try:
-            restored = store.load(folder, model=draft, optimizer=optimizer)
-        finally:
-            draft.embed_tokens.weight = shared
-        if not torch.equal(own.to(shared.dtype), shared):
-            raise another from error
     if restored.extra.get("target_digest", digest) != digest:
         raise another
     return restored

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +22,6 @@ from eagle3.config import (
 )
 from eagle3.draft import Draft
 from eagle3.parallel import Ranks
-from eagle3.trainer import train
 from eagle3_targets import make_target, make_world
 
 ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
@@ -66,13 +64,6 @@ def config_of(
         log=LogConfig(tensorboard=tensorboard),
         checkpoint=CheckpointConfig(**checkpoint),
     )
-
-
-def train_as_before(config):
-    """As earlier versions did: the draft has a float32 copy of the embedding, and so has each checkpoint."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Draft, "share_embedding_", lambda *_: None)
-        train(config, ALONE)
 
 
 def metrics_of(out, name="metrics.jsonl"):

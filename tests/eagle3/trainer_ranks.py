@@ -73,8 +73,6 @@ def main(folder: Path) -> None:
         run("sharded-later", every_steps=3, kind="shard", restore_from="epoch_1_step_3")
         cut("alone", "from-alone", "epoch_1_step_3")
         run("from-alone", every_steps=3, restore_from="epoch_1_step_3")
-        cut("older", "from-older", "epoch_1_step_3")
-        run("from-older", every_steps=3, kind="shard", dtype="bfloat16", restore_from="epoch_1_step_3")
         if not ranks.is_first:
             logging.getLogger("eagle3").addHandler(Killer("step 2/10", signal.SIGTERM))
         run("stopped")

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 import tiepolicy
 import tiepolicy_dcp
 from eagle3.cli import main as eagle3_main
-from eagle3_runs import config_of, make_run_world, train_as_before
+from eagle3.trainer import train
+from eagle3_runs import ALONE, config_of, make_run_world
 from models import TiedPair
 from tiepolicy import TensorSpec
 from tiepolicy._cli import main
@@ -340,7 +341,7 @@ def test_a_manifest_of_a_million_groups_is_refused_in_little_memory(tmp_path):
 def test_the_trainer_runs_nothing_that_a_checkpoint_holds(tmp_path, capsys):
     """Neither when it evaluates or exports a run nor when it takes one up again."""
     out = tmp_path / "run"
-    train_as_before(config_of(make_run_world(tmp_path), out, epochs=1))
+    train(config_of(make_run_world(tmp_path), out, epochs=1), ALONE)
     folder = CheckpointStore(out / "checkpoints").resolve("LATEST")
     (folder / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
     record_(folder)
