@@ -1,4 +1,4 @@
-"""Step 5, memory: a model from the meta device gets it without losing a tie, and each tensor its first value once."""
+"""Step 4, memory: a model from the meta device gets it without losing a tie, and each tensor its first value once."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

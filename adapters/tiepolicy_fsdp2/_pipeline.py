@@ -1,4 +1,4 @@
-"""Step 6, pipelines: stages that own one half of a tie keep the two halves equal."""
+"""Step 5, pipelines: stages that own one half of a tie keep the two halves equal."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tiepolicy import Keep, TiePlan, content_digest
 from tiepolicy_fsdp2._kept import places
-from tiepolicy_fsdp2._ranks import gathered
+from tiepolicy_fsdp2._shard import gathered
 from tiepolicy_fsdp2.errors import MissingTensorError, ShardingError, TieConflictError
 
 
