@@ -102,11 +102,11 @@ class TeacherHead:
         in_vocab_M = torch.ones_like(argmax_M, dtype=torch.bool)
         for start in range(0, len(hidden_ME) if len(self._other_ids) else 0, _CHUNK_OF_OTHERS):
             chunk = slice(start, start + _CHUNK_OF_OTHERS)
-            others = row_max(hidden_ME[chunk] @ self._others_E.T)
-            other_ids = self._other_ids[others.argmax_M]
+            max_C, argmax_C = row_max(hidden_ME[chunk] @ self._others_E.T)
+            other_ids = self._other_ids[argmax_C]
             # Of equal logits the lowest id counts, wherever it stands.
-            is_other = others.max_M > stats.max_M[chunk]
-            is_other |= (others.max_M == stats.max_M[chunk]) & (other_ids < argmax_M[chunk])
+            is_other = max_C > stats.max_M[chunk]
+            is_other |= (max_C == stats.max_M[chunk]) & (other_ids < argmax_M[chunk])
             in_vocab_M[chunk] = ~is_other
             argmax_M[chunk] = torch.where(is_other, other_ids, argmax_M[chunk])
         return Teacher(logits_MD=logits_MD, argmax_M=argmax_M, in_vocab_M=in_vocab_M, lse_M=stats.lse_M)

@@ -15,46 +15,39 @@ from eagle3.kernels import jit, tl, widened
 _BLOCK = 2048
 
 
-class RowMax(NamedTuple):
-    """The largest logit of each row (M,), in float32 or better, and its column (M,) int32, the lowest of equals."""
-
-    max_M: Tensor
-    argmax_M: Tensor
-
-
 class RowStats(NamedTuple):
-    """As `RowMax`, and the log-sum-exp of each row (M,), in float32 or better."""
+    """Of each row, in float32 or better: the largest logit, its column (int32, the lowest of equals), log-sum-exp."""
 
     max_M: Tensor
     argmax_M: Tensor
     lse_M: Tensor
 
 
-def row_max(logits_MD: Tensor) -> RowMax:
-    """Finds the largest logit of each row in one pass."""
-    if not logits_MD.is_cuda:
-        max_M, argmax_M = widened(logits_MD).max(dim=-1)
-        return RowMax(max_M, argmax_M.int())
-    return _row_max(logits_MD, None)
-
-
 def row_stats(logits_MD: Tensor) -> RowStats:
-    """The same with the log-sum-exp."""
+    """Finds them in one pass."""
     if not logits_MD.is_cuda:
         return RowStats(*row_max(logits_MD), widened(logits_MD).logsumexp(dim=-1))
     lse_M = torch.empty(len(logits_MD), dtype=torch.float32, device=logits_MD.device)
     return RowStats(*_row_max(logits_MD, lse_M), lse_M)
 
 
-def _row_max(logits_MD: Tensor, lse_M: Tensor | None) -> RowMax:
+def row_max(logits_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two of them, without an exponential."""
+    if not logits_MD.is_cuda:
+        max_M, argmax_M = widened(logits_MD).max(dim=-1)
+        return max_M, argmax_M.int()
+    return _row_max(logits_MD, None)
+
+
+def _row_max(logits_MD: Tensor, lse_M: Tensor | None) -> tuple[Tensor, Tensor]:
     num_rows, width = logits_MD.shape
     max_M = torch.empty(num_rows, dtype=torch.float32, device=logits_MD.device)
-    found = RowMax(max_M, torch.empty_like(max_M, dtype=torch.int32))
+    argmax_M = torch.empty_like(max_M, dtype=torch.int32)
     if num_rows:
         _row_max_kernel[(num_rows,)](
-            *(logits_MD, lse_M, *found, width), BLOCK=2 * _BLOCK, HAS_LSE=lse_M is not None, num_warps=8
+            *(logits_MD, lse_M, max_M, argmax_M, width), BLOCK=2 * _BLOCK, HAS_LSE=lse_M is not None, num_warps=8
         )
-    return found
+    return max_M, argmax_M
 
 
 def soft_cross_entropy_(
