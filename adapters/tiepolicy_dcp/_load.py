@@ -1,4 +1,4 @@
-"""Step 16, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 15, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
 import contextlib
 import logging
@@ -17,13 +17,12 @@ import tiepolicy
 from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, observe, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
 from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, member, read_digests
-from tiepolicy_dcp._conflicts import performed, settle_model, settle_optimizer
 from tiepolicy_dcp._devices import read_soon
 from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
 from tiepolicy_dcp._groups import decode, joined
-from tiepolicy_dcp._optimizer import SavedNames, reconcile_optimizer
 from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
+from tiepolicy_dcp._reconcile import SavedNames, performed, reconcile_optimizer, settle_model, settle_optimizer
 from tiepolicy_dcp._state import TENSORS, VALUES, ModelState, OptimizerState, StateEntry, observed, read_extra
 from tiepolicy_dcp._writer import data_file
 from tiepolicy_dcp.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Step 17, a root: which checkpoint is the latest and which the best, and one process that writes.
+"""Step 16, a root: which checkpoint is the latest and which the best, and one process that writes.
 
 `LATEST` and `BEST` are links to files of one name in `.pointers`, itself a link to a folder. Renaming another link over
 `.pointers` moves both.

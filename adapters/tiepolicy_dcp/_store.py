@@ -1,4 +1,4 @@
-"""Step 20, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 19, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math
