@@ -174,7 +174,7 @@ def _problem(folder: Path, name: str, record: FileRecord, verify: Verify, seen: 
     size = path.stat().st_size
     if size != record.num_bytes:
         return f"{path} has {size} bytes, but {record.num_bytes} were written: it was cut or replaced"
-    if verify == "full" and record.digest and _digest(_chunks(path), seen) != record.digest:
+    if verify == "full" and record.digest and _digest(_chunks(path, ahead=True), seen) != record.digest:
         return f"{path} does not hold what was written: its digest differs, so it was damaged or replaced"
     return None
 
@@ -191,9 +191,12 @@ def _digest(chunks: Iterable[memoryview], seen: Seen = _ignore) -> str:
     return state.hexdigest()
 
 
-def _chunks(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file, each chunk valid until the next; threads read on while one is hashed."""
-    ahead: deque[Future[memoryview]] = deque()
+def _chunks(path: Path, *, ahead: bool = False) -> Iterator[memoryview]:
+    """The bytes of a file, each chunk valid until the next; threads may read on while one is hashed.
+
+    Not when a save is finished: a process that ends meanwhile starts no thread.
+    """
+    coming: deque[Future[memoryview]] = deque()
     with open_file(path) as file, ThreadPoolExecutor(_NUM_AHEAD) as readers:
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -204,12 +207,13 @@ def _chunks(path: Path) -> Iterator[memoryview]:
             room = rooms[start // _CHUNK_BYTES % len(rooms)]
             return room[: os.preadv(file.fileno(), [room], start)]
 
-        if (os.cpu_count() or 1) < _ENOUGH_PROCESSORS:  # threads would take the time of this one, or of other ranks
+        # Of few processors, threads would take the time of this one, or of other ranks.
+        if not ahead or (os.cpu_count() or 1) < _ENOUGH_PROCESSORS:
             yield from map(read, range(0, size, _CHUNK_BYTES))
             return
         for start in range(0, size, _CHUNK_BYTES):
-            if len(ahead) == len(rooms):
-                yield ahead.popleft().result()
-            ahead.append(readers.submit(read, start))
-        while ahead:
-            yield ahead.popleft().result()
+            if len(coming) == len(rooms):
+                yield coming.popleft().result()
+            coming.append(readers.submit(read, start))
+        while coming:
+            yield coming.popleft().result()

@@ -111,6 +111,9 @@ def read_header(path: Path) -> Header:
 def header_of(specs: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
     """What a safetensors file begins with, as `safetensors` writes it, and the order of the tensors that follow.
 
+    Args:
+        specs: Of the tensors, by name.
+
     Raises:
         CheckpointError: If the format has no such dtype.
     """
