@@ -192,10 +192,7 @@ def _digest(chunks: Iterable[memoryview], seen: Seen = _ignore) -> str:
 
 
 def _chunks(path: Path, *, ahead: bool = False) -> Iterator[memoryview]:
-    """The bytes of a file, each chunk valid until the next; threads may read on while one is hashed.
-
-    Not when a save is finished: a process that ends meanwhile starts no thread.
-    """
+    """The bytes of a file, each chunk valid until the next; threads read `ahead`, but not in a process that may end."""
     coming: deque[Future[memoryview]] = deque()
     with open_file(path) as file, ThreadPoolExecutor(_NUM_AHEAD) as readers:
         if hasattr(os, "posix_fadvise"):  # not on macOS

@@ -285,7 +285,7 @@ def _trials(draw: st.DrawFn, plugin: object, own: st.SearchStrategy[nn.Module] |
     source, external = draw(st.one_of(*sources, external_models()))
     names = sorted(tensors_of(source))
     any_claim = claims(names=names)
-    if len(names) > 1:  # the flag that is wrong, which few of any claims are
+    if len(names) > 1:  # few of any claims are those of a wrong flag
         any_claim |= st.just(Claim(tuple(names[:4]), Source.DECLARED))
     drawn = draw(st.lists(any_claim, max_size=3))
     return Trial(plugin=plugin, source=source, claims=tuple(drawn), external=external)
