@@ -99,7 +99,7 @@ def _check(text: Any, draft_vocab_size: int, options: DraftConfig) -> None:
     _check_rope(text.rope_parameters, "The target's rope_parameters")
 
 
-def _check_rope(rope: dict[str, Any], which: str) -> None:
+def _check_rope(rope: Any, which: str) -> None:
     nested = sorted(name for name, value in rope.items() if isinstance(value, dict))
     if nested:
         raise DraftError(
