@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,10 +74,10 @@ def read_runs(folders: Sequence[str]) -> list[RunRecord]:
         ConfigError: A folder holds no run.
         DataError: A run has measured nothing yet, or its files cannot be read.
     """
-    paths = [Path(folder) for folder in folders]
-    names = [path.resolve().name for path in paths]
+    paths = [Path(folder).resolve() for folder in folders]
+    names = [path.name for path in paths]
     return [
-        _read_run(path, name=name if names.count(name) == 1 else str(path))
+        _read_run(path, name=name if names.count(name) == 1 else os.path.relpath(path, os.path.commonpath(paths)))
         for path, name in zip(paths, names, strict=True)
     ]
 

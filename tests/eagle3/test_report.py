@@ -80,7 +80,7 @@ def test_the_command_takes_several_runs_and_writes_into_the_first(tmp_path, caps
 
 def test_names_of_runs_are_told_apart_and_cannot_become_part_of_the_page(tmp_path):
     runs = read_runs([write_run(tmp_path / "a" / "<b>"), write_run(tmp_path / "c" / "<b>")])
-    assert [str(tmp_path / "a" / "<b>"), str(tmp_path / "c" / "<b>")] == [run.name for run in runs]
+    assert ["a/<b>", "c/<b>"] == [run.name for run in runs]
     _, page = write_report(runs, tmp_path / "out")
     assert "<b>" not in page.read_text()
 
