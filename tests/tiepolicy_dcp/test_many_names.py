@@ -58,7 +58,7 @@ measured = pytest.mark.skipif(
 def test_one_file_is_written_without_a_copy_of_the_model(tmp_path):
     model = nn.ParameterList([torch.full((1 << 22,), float(index)) for index in range(32)])
     num_bytes = len(model) * (1 << 24)
-    assert num_bytes / 2 > extra_memory(model, tmp_path / "c", consolidated=True)
+    assert num_bytes > 1.5 * extra_memory(model, tmp_path / "c", consolidated=True)
     assert 2 * num_bytes < sum(path.stat().st_size for path in (tmp_path / "c").iterdir())
 
 
