@@ -2,6 +2,7 @@
 
 from tiepolicy._contents import read_index as read_index
 from tiepolicy._digests import DIGESTS as DIGESTS
+from tiepolicy._digests import READ_AHEAD_BYTES as READ_AHEAD_BYTES
 from tiepolicy._digests import Digest as Digest
 from tiepolicy._digests import FileRecord as FileRecord
 from tiepolicy._digests import Verify as Verify
@@ -11,6 +12,7 @@ from tiepolicy._digests import digests_text as digests_text
 from tiepolicy._digests import measure as measure
 from tiepolicy._digests import new_digest as new_digest
 from tiepolicy._digests import read_digests as read_digests
+from tiepolicy._digests import read_soon as read_soon
 from tiepolicy._metadata import ChunkedTensor as ChunkedTensor
 from tiepolicy._metadata import Place as Place
 from tiepolicy._metadata import ShardedMetadata as ShardedMetadata

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
-from tiepolicy.files import Record, RecordUnpickler, member, record
-from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_, read_soon
+from tiepolicy.files import Record, RecordUnpickler, member, read_soon, record
+from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
 from tiepolicy_dcp._frames import STORAGES, contiguous_stride, frame
 from tiepolicy_dcp.errors import CheckpointError
 
@@ -67,10 +67,10 @@ class ArchiveReader(FileSystemReader):
         """Read what was found into the tensors of the planner."""
         for name, pairs in self._found.items():
             with self._open(name) as file:
-                for_devices: list[Section] = []
+                sections: list[Section] = []
                 for stored, item in pairs:
-                    for_devices += [] if stored is None else _read(file, stored, item, planner)
-                read_(for_devices)
+                    sections += [] if stored is None else _read(file, stored, item, planner)
+                read_(sections)
         left = [item for pairs in self._found.values() for stored, item in pairs if stored is None]
         self.read_data(LoadPlan(left), planner).wait()
 
@@ -190,24 +190,21 @@ def _read(file: BinaryIO, stored: StoredTensor, item: ReadItem, planner: LoadPla
     """Read what an item asks for: whole rows of the stored tensor alone, else all of it.
 
     Returns:
-        What is to be read into the memory of a GPU as it is, which is left to be done with others.
+        What is to be read as it is, which is left to be done with others.
     """
     target = planner.resolve_tensor(item).detach()
     lengths, offsets = tuple(item.lengths), tuple(item.storage_offsets)
     assert tuple(target.shape) == lengths
     rows = lengths[1:] == stored.shape[1:]
     skipped = math.prod(stored.shape[1:]) * offsets[0] * stored.dtype.itemsize if rows and offsets else 0
-    direct = rows and target.is_contiguous() and target.dtype == stored.dtype
-    if direct and target.is_cuda:
+    if rows and target.is_contiguous() and target.dtype == stored.dtype and target.device.type in ("cpu", "cuda"):
         planner.commit_tensor(item, target)
         return [Section(file.fileno(), stored.start + skipped, as_bytes(target))]
-    direct = direct and target.device.type == "cpu"
-    room = target if direct else torch.empty(lengths if rows else stored.shape, dtype=stored.dtype)
+    room = torch.empty(lengths if rows else stored.shape, dtype=stored.dtype)
     fill_(file.fileno(), stored.start + skipped, as_bytes(room))
-    if not direct:
-        for dim, (start, size) in enumerate(zip(offsets, lengths, strict=True) if not rows else ()):
-            room = room.narrow(dim, start, size)
-        target.copy_(room)
+    for dim, (start, size) in enumerate(zip(offsets, lengths, strict=True) if not rows else ()):
+        room = room.narrow(dim, start, size)
+    target.copy_(room)
     planner.commit_tensor(item, target)
     return []
 

@@ -6,12 +6,14 @@ Pinning as much memory as is copied would take longer than the copy. On the CPU 
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
+
+from tiepolicy.files import READ_AHEAD_BYTES, read_soon
 
 #: How much is copied, hashed and written at a time. A disk and a bus reach their rates with it.
 PIECE_BYTES = 1 << 22
@@ -19,8 +21,8 @@ PIECE_BYTES = 1 << 22
 NUM_PIECES = 8
 #: What a thread reads of a file, at a time, for a GPU.
 _NUM_READERS = 8
-#: Linux reads no more of what is asked for at once than its readahead, 128 KiB by default.
-_ASKED_BYTES = 1 << 17
+#: Pieces that a disk is asked for before they are read.
+_NUM_ASKED = READ_AHEAD_BYTES // PIECE_BYTES
 
 
 class Streams:
@@ -129,42 +131,43 @@ class Section(NamedTuple):
 
 
 def read_(sections: Iterable[Section]) -> None:
-    """Read parts of files into memory of GPUs, by several threads, and wait until they are there.
+    """Read parts of files into memory, into that of GPUs by several threads, and wait until they are there.
 
     Raises:
         EOFError: If a file ends before.
     """
-    sections = list(sections)
+    parts = [
+        Section(descriptor, start + index * PIECE_BYTES, part)
+        for descriptor, start, target in sections
+        for index, part in enumerate(target.split(PIECE_BYTES))
+    ]
+    _read_to_gpus_([part for part in parts if part.target.is_cuda])
+    on_cpu = [part for part in parts if not part.target.is_cuda]
+    for index, (descriptor, start, target) in enumerate(on_cpu):
+        for later in on_cpu[index + _NUM_ASKED if index else 0 : index + _NUM_ASKED + 1]:
+            read_soon(later.descriptor, later.start, len(later.target))
+        fill_(descriptor, start, target)
+
+
+def _read_to_gpus_(parts: Sequence[Section]) -> None:
     free: SimpleQueue[torch.Tensor] = SimpleQueue()
-    for piece in pieces(pinned=any(section.target.is_cuda for section in sections)):
+    for piece in pieces(pinned=bool(parts)):
         free.put(piece)
     streams = Streams()
-    streams.follow(section.target for section in sections)
+    streams.follow(part.target for part in parts)
 
-    def read_part_(descriptor: int, start: int, target: torch.Tensor) -> None:
+    def read_part_(part: Section) -> None:
         piece = free.get()
         try:
-            fill_(descriptor, start, piece[: len(target)])
-            streams.copy_(target, piece[: len(target)])
+            fill_(part.descriptor, part.start, piece[: len(part.target)])
+            streams.copy_(part.target, piece[: len(part.target)])
             streams.wait()
         finally:
             free.put(piece)
 
     with ThreadPoolExecutor(min(_NUM_READERS, NUM_PIECES)) as readers:
-        reading = [
-            readers.submit(read_part_, descriptor, start + index * PIECE_BYTES, part)
-            for descriptor, start, target in sections
-            for index, part in enumerate(target.split(PIECE_BYTES))
-        ]
-        for part in reading:
-            part.result()
-
-
-def read_soon(descriptor: int, start: int, num_bytes: int) -> None:
-    """Ask the system to have a part of a file in memory when it is read; nobody waits for that."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        for place in range(start, start + num_bytes, _ASKED_BYTES):
-            os.posix_fadvise(descriptor, place, min(_ASKED_BYTES, start + num_bytes - place), os.POSIX_FADV_WILLNEED)
+        for _ in readers.map(read_part_, parts):
+            pass
 
 
 def fill_(descriptor: int, start: int, target: torch.Tensor) -> None:

@@ -16,8 +16,17 @@ from torch.optim import Optimizer
 import tiepolicy
 from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, observe, reconcile, take, view_of
 from tiepolicy.errors import ManifestError
-from tiepolicy.files import DIGESTS, FileRecord, Verify, check_files, check_recorded, member, read_digests
-from tiepolicy_dcp._devices import read_soon
+from tiepolicy.files import (
+    DIGESTS,
+    READ_AHEAD_BYTES,
+    FileRecord,
+    Verify,
+    check_files,
+    check_recorded,
+    member,
+    read_digests,
+    read_soon,
+)
 from tiepolicy_dcp._folder import MANIFEST, METADATA, read_manifest
 from tiepolicy_dcp._groups import decode, joined
 from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
@@ -28,9 +37,6 @@ from tiepolicy_dcp._writer import data_file
 from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")
-
-#: As much as a disk reads while ranks plan.
-_EARLY_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +116,7 @@ def _read_early(folder: Path) -> None:
     """Have the disk read, while ranks plan, what this one most likely wants first; what is wrong is found later."""
     for name in (METADATA, MANIFEST, DIGESTS, VALUES, data_file(rank())):  # the short ones would wait behind the long
         with contextlib.suppress(CheckpointError, OSError), member(folder, name).open("rb") as file:
-            read_soon(file.fileno(), 0, min(os.fstat(file.fileno()).st_size, _EARLY_BYTES))
+            read_soon(file.fileno(), 0, min(os.fstat(file.fileno()).st_size, READ_AHEAD_BYTES))
 
 
 def _restore(folder: Path, model: ModelState, optimizer: OptimizerState | None, verify: Verify) -> Restored:

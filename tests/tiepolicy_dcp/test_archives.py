@@ -60,7 +60,7 @@ def test_a_frame_is_known_by_every_byte_at_both_ends(shape, dtype, data):
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS cannot be asked")
-def test_a_load_asks_for_short_files_first_and_for_a_little_of_a_long_one(tmp_path, monkeypatch):
+def test_a_load_asks_for_short_files_first_and_for_the_start_of_a_long_one(tmp_path, monkeypatch):
     model = torch.nn.Linear(3000, 3000, bias=False)
     tiepolicy_dcp.save(tmp_path / "c", model=model)
     asked = []
@@ -69,22 +69,58 @@ def test_a_load_asks_for_short_files_first_and_for_a_little_of_a_long_one(tmp_pa
         asked.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, start, start + num_bytes, advice))
 
     monkeypatch.setattr(os, "posix_fadvise", ask)
-    monkeypatch.setattr("tiepolicy_dcp._load._EARLY_BYTES", 1 << 20)
+    monkeypatch.setattr("tiepolicy_dcp._load.READ_AHEAD_BYTES", 1 << 20)
     tiepolicy_dcp.load(tmp_path / "c", model=model, verify="off")
     names = list(dict.fromkeys(name for name, *_ in asked))
     assert [".metadata", "manifest.json", "digests.json", "extra.json", "__0_0.distcp"] == names
     assert {os.POSIX_FADV_WILLNEED} == {advice for *_, advice in asked}
-    early, ends = asked[:-2], asked[-2:]
-    assert list(range(0, 1 << 20, 1 << 17)) == [start for name, start, *_ in early if name == "__0_0.distcp"]
-    assert (tmp_path / "c" / "__0_0.distcp").stat().st_size == ends[1][2]
-    for _, start, end, _ in ends:
+    long = [(start, end) for name, start, end, _ in asked if name == "__0_0.distcp"]
+    early, ends = long[:8], long[8:10]
+    assert list(range(0, 1 << 20, 1 << 17)) == [start for start, _ in early]
+    assert (tmp_path / "c" / "__0_0.distcp").stat().st_size == ends[1][1]
+    for start, end in ends:
         assert 1024 == end - start
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS cannot be asked")
+@pytest.mark.parametrize("verify", ["full", "off"])
+def test_a_disk_is_asked_for_all_that_is_read_and_for_little_more_at_a_time(tmp_path, monkeypatch, verify):
+    model = torch.nn.Sequential(*(torch.nn.Linear(2000, 1500, bias=False) for _ in range(3)))
+    tiepolicy_dcp.save(tmp_path / "c", model=model)
+    size = (tmp_path / "c" / "__0_0.distcp").stat().st_size
+    window, piece, asked, num_read = 1 << 23, 1 << 22, 0, 0
+    read, ask = os.preadv, os.posix_fadvise
+
+    def asking(descriptor, start, num_bytes, advice):
+        nonlocal asked
+        if num_bytes != 1024 and Path(f"/proc/self/fd/{descriptor}").readlink().name == "__0_0.distcp":
+            asked = max(asked, start + num_bytes)
+        ask(descriptor, start, num_bytes, advice)
+
+    def reading(descriptor, buffers, start):
+        nonlocal num_read
+        count = read(descriptor, buffers, start)
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "__0_0.distcp":
+            num_read = max(num_read, start + count)
+            assert num_read <= asked <= min(num_read + window + piece, size)
+        return count
+
+    monkeypatch.setattr(os, "posix_fadvise", asking)
+    monkeypatch.setattr(os, "preadv", reading)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads read ahead of others
+    monkeypatch.setattr("tiepolicy_dcp._load.READ_AHEAD_BYTES", window)
+    monkeypatch.setattr("tiepolicy._digests.READ_AHEAD_BYTES", window)
+    monkeypatch.setattr("tiepolicy_dcp._devices._NUM_ASKED", window // piece)
+    loaded = torch.nn.Sequential(*(torch.nn.Linear(2000, 1500, bias=False) for _ in range(3)))
+    tiepolicy_dcp.load(tmp_path / "c", model=loaded, verify=verify)
+    assert size - 1024 < num_read
+    assert all(torch.equal(one.weight, other.weight) for one, other in zip(model, loaded, strict=True))
 
 
 def test_a_load_does_without_a_system_that_can_be_asked(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
     tiepolicy_dcp.save(tmp_path / "c", model=model)
-    for name in ("posix_fadvise", "POSIX_FADV_WILLNEED", "POSIX_FADV_SEQUENTIAL"):
+    for name in ("posix_fadvise", "POSIX_FADV_WILLNEED"):
         with contextlib.suppress(AttributeError):
             monkeypatch.delattr(os, name)
     loaded = torch.nn.Linear(2, 2)
