@@ -21,7 +21,7 @@ def torchrun(
     Args:
         arguments: What comes after torchrun's own options.
         num_processes: World size.
-        on_gpus: Let each process see the GPUs, and take the one of its rank; otherwise they see none.
+        on_gpus: Let each process see the GPUs, see `share_gpus`; otherwise they see none.
         timeout: Seconds until all processes are killed and the test fails.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
@@ -95,6 +95,7 @@ def process_group() -> Iterator[None]:
     without an active exception", torch 2.13).
     """
     if device_type() == "cuda":
+        share_gpus()
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     else:
@@ -102,6 +103,15 @@ def process_group() -> Iterator[None]:
     yield
     dist.destroy_process_group()
     leave()
+
+
+def share_gpus() -> None:
+    """Where there are fewer GPUs than processes, make each of these a machine of its own that has the first GPU.
+
+    NCCL refuses two ranks of one machine on one GPU.
+    """
+    if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 def device_type() -> str:

@@ -27,7 +27,7 @@ _CHUNK_BYTES = 1 << 22
 #: Linux reads no more of what is asked for at once than its readahead, 128 KiB by default.
 _ASKED_BYTES = 1 << 17
 #: What a disk is asked for before it is read. The readahead of one reader leaves a disk idle in between.
-READ_AHEAD_BYTES = 1 << 28
+READ_AHEAD_BYTES = 1 << 26
 #: Threads that read ahead of the hash, which is faster than one of them, and the processors that are enough for them.
 _NUM_AHEAD, _ENOUGH_PROCESSORS = 3, 8
 

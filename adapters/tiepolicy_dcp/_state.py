@@ -83,7 +83,8 @@ class ModelState(Stateful):
         if set(own) == set(whole):
             # DCP reads into the live tensors; copying them onto themselves would cost as much as reading.
             whole = {name: value for name, value in whole.items() if not _is_in_place(own[name], value)}
-            set_model_state_dict(self.model, whole, options=StateDictOptions(strict=False))
+            if whole:
+                set_model_state_dict(self.model, whole, options=StateDictOptions(strict=False))
         else:
             set_model_state_dict(self.model, whole)
         self.plan.verify(self.model, after="its state was loaded")

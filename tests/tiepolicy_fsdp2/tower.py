@@ -1,6 +1,6 @@
 """The models that ranks shard and cut into stages, how they are trained, and how a rank reports what it saw.
 
-What runs under gloo on the CPU runs under NCCL where each rank has a GPU.
+What runs under gloo on the CPU runs under NCCL on GPUs.
 """
 
 import json
