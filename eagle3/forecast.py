@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from eagle3 import fused, loss, teacher
@@ -98,7 +99,7 @@ class Forecast:
         self.config = config
         self.draft = draft
         self.num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
-        self.is_fused = config.train.step != "autograd" and obstacle(config, draft) is None
+        self.is_fused = config.train.step != "autograd" and obstacle(config, draft, torch.device("cuda")) is None
         shared_by = {"data": 1, "shard": num_processes, "hybrid": config.parallel.shard_size or num_processes}
         self._is_fp8 = self.is_fused and config.train.fp8
         self._num_own = -(-self.num_weights // shared_by[config.parallel.kind])

@@ -24,7 +24,7 @@ from eagle3.teacher import TeacherHead
 from eagle3.unroll import UnrollResult
 
 
-def obstacle(config: RunConfig, draft: Draft) -> str | None:
+def obstacle(config: RunConfig, draft: Draft, device: torch.device) -> str | None:
     """Why a run cannot use the fused step, as the end of a sentence; None if it can."""
     options = draft.config
     if options.norm_before_residual or options.fc_norm or options.norm_before_fc or options.norm_output:
@@ -37,10 +37,12 @@ def obstacle(config: RunConfig, draft: Draft) -> str | None:
         return f"unroll.loss is {config.unroll.loss}"
     if config.parallel.kind != "data":
         return f"parallel.kind is {config.parallel.kind}"
+    if device.type == "cuda" and config.train.precision == "float32":  # cuDNN would give NaN, and no error
+        return "train.precision is float32, in which a GPU's attention does not compute"
     return None
 
 
-def fp8_obstacle(config: RunConfig, draft: Draft, device: torch.device) -> str | None:
+def fp8_obstacle(draft: Draft, device: torch.device) -> str | None:
     """Why a run cannot compute in FP8 although its step is the fused one, as `obstacle` says it."""
     sizes = {
         "draft.vocab_size": draft.config.draft_vocab_size,
@@ -50,8 +52,6 @@ def fp8_obstacle(config: RunConfig, draft: Draft, device: torch.device) -> str |
     for name, size in sizes.items():
         if size % fp8.ALIGNMENT:
             return f"{name} is {size}, not a multiple of {fp8.ALIGNMENT}"
-    if device.type == "cuda" and config.train.precision == "float32":
-        return "train.precision is float32, and such products are bfloat16"
     return fp8.obstacle(device)
 
 

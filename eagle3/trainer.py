@@ -298,12 +298,12 @@ def scorer_and_optimizer(
         ConfigError: If `train.step` or `train.fp8` asks for a step that this draft cannot take.
     """
     precision = _precision(config, ranks.device)
-    reason = obstacle(config, draft)
+    reason = obstacle(config, draft, ranks.device)
     kind = config.train.step or ("fused" if ranks.device.type == "cuda" and reason is None else "autograd")
     if kind == "fused":
         if reason is not None:
             raise ConfigError(f"train.step is fused, but {reason}. Leave out train.step, or set it to autograd.")
-        if config.train.fp8 and (reason := fp8_obstacle(config, draft, ranks.device)) is not None:
+        if config.train.fp8 and (reason := fp8_obstacle(draft, ranks.device)) is not None:
             raise ConfigError(f"train.fp8 is set, but {reason}. Leave out train.fp8, or change that.")
         weights = FlatWeights(draft, dtype=precision, fp8=config.train.fp8)
         scorer = FusedScorer(target, draft, weights, config=config, ranks=ranks)

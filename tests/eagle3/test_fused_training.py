@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from eagle3.errors import ConfigError
+from eagle3.fused_scorer import obstacle
 from eagle3.kernels import fp8
 from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, make_run_world, metrics_of, weights_of
+from eagle3_steps import make_draft
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,15 @@ def test_what_it_cannot_do_is_said(world, tmp_path):
         ConfigError, match=r"^train\.step is fused, but unroll\.loss is lk_alpha\. Leave out train\.step"
     ):
         train(config_of(world, tmp_path, train={"step": "fused"}, unroll={"loss": "lk_alpha"}), ALONE)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_float32_keeps_a_gpu_alone_from_the_fused_step(tmp_path, device, precision):
+    config = config_of((tmp_path, tmp_path), tmp_path, train={"precision": precision})
+    found = obstacle(config, make_draft(), torch.device(device))
+    expected = "train.precision is float32, in which a GPU's attention does not compute"
+    assert found == (expected if (device, precision) == ("cuda", "float32") else None)
 
 
 @pytest.mark.parametrize(
