@@ -68,7 +68,7 @@ class PendingSave:
             self._future.set_result(outcome)
 
     def when_done(self, step: Callable[[], None]) -> None:
-        """Call `step` when it has ended."""
+        """Call `step` when it has ended; `AsyncSaver.wait` waits for that, too."""
         self._future.add_done_callback(lambda _: step())
 
 
@@ -99,7 +99,6 @@ class AsyncSaver:
         *,
         record: Mapping[str, Any] | None = None,
         then: Callable[[], None] = lambda: None,
-        afterwards: Callable[[], None] = lambda: None,
     ) -> PendingSave:
         """Copy what this rank writes, and return; the rest happens in the background.
 
@@ -108,7 +107,6 @@ class AsyncSaver:
             contents: What `collect` returned on this rank.
             record: What a store wants to know of it later.
             then: What rank 0 does once the checkpoint is published.
-            afterwards: What is done after it has ended well; `wait` waits for that, too.
 
         Raises:
             CheckpointError: If the save before this one failed; nothing is begun.
@@ -132,7 +130,7 @@ class AsyncSaver:
                 f"{folder} could not be written: there is no memory for a copy of it: {error}. Nothing was kept"
             ) from error
         self._pending = PendingSave()
-        arguments = (self._pending, job, self._write(copies, digest=contents.digests), then, afterwards)
+        arguments = (self._pending, job, self._write(copies, digest=contents.digests), then)
         # No daemon: a process that ends while it saves waits until that is done.
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"save {folder.name}")
         self._thread.start()
@@ -174,14 +172,7 @@ class AsyncSaver:
             return lambda path: write_tensors(path, copies, digest=digest, streams=staging.streams)
         return lambda path: process.write(path, staging.fetch(copies), digest=digest)
 
-    def _run(
-        self,
-        pending: PendingSave,
-        job: Job,
-        write: Callable[[Path], Written],
-        then: Callable[[], None],
-        afterwards: Callable[[], None],
-    ) -> None:
+    def _run(self, pending: PendingSave, job: Job, write: Callable[[Path], Written], then: Callable[[], None]) -> None:
         try:
             complete(job, write=write, group=self._group)
             on_first_rank(then, group=self._group)
@@ -192,7 +183,6 @@ class AsyncSaver:
             pending.finish(error)
         else:
             pending.finish(job.folder)
-            afterwards()
 
 
 def async_save(

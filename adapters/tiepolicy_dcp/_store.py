@@ -182,9 +182,10 @@ class CheckpointStore:
         )
         if worker not in self._savers:
             self._savers[worker] = AsyncSaver(worker)
-        saver = self._savers[worker]
-        folder, commit = self.root / name, partial(self._commit, name)
-        return saver.start(folder, contents, record=record, then=commit, afterwards=self._remove_doomed)
+        then = partial(self._commit, name)
+        pending = self._savers[worker].start(self.root / name, contents, record=record, then=then)
+        pending.when_done(self._remove_doomed)
+        return pending
 
     def wait(self) -> None:
         """Wait for the save that `async_save` began.
