@@ -4,8 +4,8 @@ from tiepolicy_dcp._async import PendingSave as PendingSave
 from tiepolicy_dcp._async import async_save as async_save
 from tiepolicy_dcp._load import Restored as Restored
 from tiepolicy_dcp._load import load as load
-from tiepolicy_dcp._pointers import BEST as BEST
-from tiepolicy_dcp._pointers import LATEST as LATEST
+from tiepolicy_dcp._root import BEST as BEST
+from tiepolicy_dcp._root import LATEST as LATEST
 from tiepolicy_dcp._save import save as save
 from tiepolicy_dcp._state import ModelState as ModelState
 from tiepolicy_dcp._state import OptimizerState as OptimizerState

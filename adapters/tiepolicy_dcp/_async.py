@@ -1,4 +1,4 @@
-"""Step 18, saving while training goes on: copy, return, and write what was copied in the background."""
+"""Step 17, saving while training goes on: copy, return, and write what was copied in the background."""
 
 import logging
 import threading

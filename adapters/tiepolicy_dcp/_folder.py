@@ -17,7 +17,8 @@ from tiepolicy_dcp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
-
+#: Of a checkpoint that a store wrote: its number, counted from 1, and its metrics.
+RECORD = "checkpoint.json"
 
 #: Names that this library gives to what is not, or no longer, a checkpoint. The token keeps what orphaned ranks of a
 #: killed run may still write out of the next run's folders.

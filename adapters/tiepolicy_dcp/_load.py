@@ -1,4 +1,4 @@
-"""Step 15, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
+"""Step 14, loading: reconcile first, then read; every tensor of the model is filled, or an error says why."""
 
 import contextlib
 import logging

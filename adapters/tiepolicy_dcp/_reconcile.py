@@ -1,4 +1,4 @@
-"""Step 14, reconciling: which stored state each parameter gets; what is stored twice for one tensor is compared first.
+"""Step 13, reconciling: which stored state each parameter gets; what is stored twice for one tensor is compared first.
 
 Parameters are called as the checkpoint calls them. Values to compare are read aside, before the model is touched.
 """

@@ -1,4 +1,4 @@
-"""Step 13, saving: plan, agree, write, flush, publish."""
+"""Step 12, saving: plan, agree, write, flush, publish."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,10 @@ import tiepolicy
 from tiepolicy import Owners, TiePlan
 from tiepolicy.files import DIGESTS, FileRecord, digests_text, measure
 from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
-from tiepolicy_dcp._folder import discard, prepare, publish, write_manifest, write_text
+from tiepolicy_dcp._folder import RECORD, discard, prepare, publish, write_manifest, write_text
 from tiepolicy_dcp._groups import encode, joined
 from tiepolicy_dcp._ranks import agreed_plan, on_first_rank, through_first_rank
 from tiepolicy_dcp._reader import StoredTensors, find_tensors
-from tiepolicy_dcp._retention import RECORD
 from tiepolicy_dcp._stages import store_once
 from tiepolicy_dcp._state import Extra, ModelState, OptimizerState, observed, pack_extra, write_extra
 from tiepolicy_dcp._writer import AliasWriter, Share, data_file, divide

@@ -1,4 +1,4 @@
-"""Step 12, stages: the ranks of a pipeline hold parts of one model, and what two of them own is stored once."""
+"""Step 11, stages: the ranks of a pipeline hold parts of one model, and what two of them own is stored once."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

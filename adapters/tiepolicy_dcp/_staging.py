@@ -1,4 +1,4 @@
-"""Step 17, staging: copies of live tensors that another process can write, so that training may go on.
+"""Step 16, staging: copies of live tensors that another process can write, so that training may go on.
 
 What lies on a GPU is copied within it if it has room, which takes milliseconds, and fetched while it is written. Memory
 is kept between saves and mapped by both processes; what they say is JSON, a line each way for each file.

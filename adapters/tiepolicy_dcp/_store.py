@@ -1,4 +1,4 @@
-"""Step 19, a store: the checkpoints of one run in one folder, and which of them is the latest."""
+"""Step 18, a store: the checkpoints of one run in one folder, and which of them is the latest."""
 
 import logging
 import math
@@ -18,9 +18,22 @@ from tiepolicy.files import Verify
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
 from tiepolicy_dcp._folder import remove_leftovers, withdraw
 from tiepolicy_dcp._load import Restored, load
-from tiepolicy_dcp._pointers import BEST, LATEST, POINTERS, Pointer, WriterLock, move_pointers, read_pointer
 from tiepolicy_dcp._ranks import on_first_rank
-from tiepolicy_dcp._retention import Mode, Record, Retention, checked_metrics, is_checkpoint, read_records
+from tiepolicy_dcp._root import (
+    BEST,
+    LATEST,
+    POINTERS,
+    Mode,
+    Pointer,
+    Record,
+    Retention,
+    WriterLock,
+    checked_metrics,
+    is_checkpoint,
+    move_pointers,
+    read_pointer,
+    read_records,
+)
 from tiepolicy_dcp._save import Contents, Given, begin, collect, complete
 from tiepolicy_dcp.errors import CheckpointError, LostRankError
 

@@ -10,8 +10,7 @@ import tiepolicy_dcp
 from models import TiedPair
 from tiepolicy_dcp import CheckpointError, CheckpointStore
 from tiepolicy_dcp._folder import temporary
-from tiepolicy_dcp._pointers import read_pointer
-from tiepolicy_dcp._retention import Record, Retention
+from tiepolicy_dcp._root import Record, Retention, read_pointer
 
 
 def save_all(store, values):
