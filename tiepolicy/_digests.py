@@ -196,7 +196,13 @@ def _digest(chunks: Iterable[memoryview], seen: Seen = _ignore) -> str:
 
 
 def read_soon(descriptor: int, start: int, num_bytes: int) -> None:
-    """Ask the system to have a part of a file in memory when it is read; nobody waits for that."""
+    """Ask the system to have a part of a file in memory when it is read; nobody waits for that.
+
+    Args:
+        descriptor: Of the file, open for reading.
+        start: In bytes.
+        num_bytes: None are asked for if negative.
+    """
     if hasattr(os, "posix_fadvise"):  # not on macOS
         for place in range(start, start + num_bytes, _ASKED_BYTES):
             os.posix_fadvise(descriptor, place, min(_ASKED_BYTES, start + num_bytes - place), os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""Step 15, a root: how many checkpoints it has, how good they are, which are kept and named, and one process that writes.
+"""Step 15, a root: how many checkpoints it has, how good they are, which are kept and named, and the one writer.
 
 `LATEST` and `BEST` are links to files of one name in `.pointers`, itself a link to a folder. Renaming another link over
 `.pointers` moves both.
