@@ -14,6 +14,8 @@ RUNS = {
     "fused-accumulated": {"dtype": "bfloat16", "train": {"accumulate": 2}},
     "data": {"train": {"step": "autograd", "precision": "float32"}},
     "shard": {"kind": "shard", "train": {"precision": "float32"}},
+    "hybrid": {"kind": "hybrid", "shard_size": 1, "train": {"precision": "float32"}},
+    "fused-8-bit": {"dtype": "bfloat16", "train": {"fp8": True}},
 }
 
 

@@ -69,9 +69,16 @@ def test_what_it_cannot_do_is_said(world, tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_float32_keeps_a_gpu_alone_from_the_fused_step(tmp_path, device, precision):
     config = config_of((tmp_path, tmp_path), tmp_path, train={"precision": precision})
-    found = obstacle(config, make_draft(), torch.device(device))
+    found = obstacle(config, make_draft(head_dim=8), torch.device(device))
     expected = "train.precision is float32, in which a GPU's attention does not compute"
     assert found == (expected if (device, precision) == ("cuda", "float32") else None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_heads_of_an_odd_size_keep_a_gpu_alone_from_the_fused_step(tmp_path, device):
+    config = config_of((tmp_path, tmp_path), tmp_path)
+    found = obstacle(config, make_draft(head_dim=36), torch.device(device))
+    assert found == ("the draft's head_dim is 36, not a multiple of 8" if device == "cuda" else None)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     target = make_target(folder / "target", tokenizer, vocab_size=600, tie_word_embeddings=True, hidden_size=256)
     one = Ranks(rank=0, world_size=1, device=torch.device("cuda", 0))
     for name, options in RUNS.items():
-        unspread = {key: value for key, value in options.items() if key != "kind"}
+        unspread = {key: value for key, value in options.items() if key not in ("kind", "shard_size")}
         train(config_of((target, conversations), folder / f"{name}-alone", epochs=1, batch_size=2, **unspread), one)
     result = torchrun(Path(__file__).with_name("nccl_runs.py"), folder, num_processes=2, on_gpus=True)
     assert 0 == result.returncode, result.stdout
