@@ -39,8 +39,8 @@ def obstacle(config: RunConfig, draft: Draft, device: torch.device) -> str | Non
         return f"parallel.kind is {config.parallel.kind}"
     if device.type == "cuda" and config.train.precision == "float32":  # cuDNN would give NaN, and no error
         return "train.precision is float32, in which a GPU's attention does not compute"
-    if device.type == "cuda" and options.head_dim % 8:
-        return f"the draft's head_dim is {options.head_dim}, not a multiple of 8"
+    if device.type == "cuda" and (size := draft.midlayer.self_attn.head_dim) % 8:
+        return f"the draft's head_dim is {size}, not a multiple of 8"
     return None
 
 

@@ -7,6 +7,7 @@ def test_the_plugin_keeps_the_laws():
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -242,7 +243,7 @@ def _check_law(
     models: st.SearchStrategy[nn.Module] | None,
     max_examples: int,
 ) -> None:
-    broken: list[tuple[tuple[int, int], str]] = []
+    broken: list[tuple[Trial, str]] = []
 
     @settings(
         max_examples=max_examples,
@@ -257,13 +258,9 @@ def _check_law(
     )
     @given(_trials(plugin, models))
     def keeps_the_law(trial: Trial) -> None:
-        try:
-            problem = check(trial)
-        except Exception as error:  # noqa: BLE001,RUF100 - whatever a plugin raises is its answer
-            problem = f"a hook raised {type(error).__name__}: {error}"
+        problem = _problem(trial, check)
         if problem is not None:
-            size = sum(tensor.numel() for tensor in tensors_of(trial.source).values()), len(trial.claims)
-            broken.append((size, _tell(trial, problem)))
+            broken.append((trial, problem))
             raise BrokenLawError(problem, law=law)
 
     try:
@@ -274,8 +271,30 @@ def _check_law(
             raise
     if broken:
         name = getattr(plugin, "__name__", None) or type(plugin).__name__
-        smallest = min(reversed(broken), key=lambda found: found[0])[1]
+        smallest = _tell(*_without_idle_claims(*min(reversed(broken), key=_size), check))
         raise BrokenLawError(f"the plugin {name} breaks the law that {law}: {smallest}", law=law) from None
+
+
+def _problem(trial: Trial, check: Callable[[Trial], str | None]) -> str | None:
+    try:
+        return check(trial)
+    except Exception as error:  # noqa: BLE001,RUF100 - whatever a plugin raises is its answer
+        return f"a hook raised {type(error).__name__}: {error}"
+
+
+def _size(found: tuple[Trial, str]) -> tuple[int, int]:
+    trial = found[0]
+    return sum(tensor.numel() for tensor in tensors_of(trial.source).values()), len(trial.claims)
+
+
+def _without_idle_claims(trial: Trial, problem: str, check: Callable[[Trial], str | None]) -> tuple[Trial, str]:
+    """As few claims as still break the law: not every release of Hypothesis finds them."""
+    for index in range(len(trial.claims)):
+        fewer = replace(trial, claims=trial.claims[:index] + trial.claims[index + 1 :])
+        found = _problem(fewer, check)
+        if found is not None:
+            return _without_idle_claims(fewer, found, check)
+    return trial, problem
 
 
 @st.composite

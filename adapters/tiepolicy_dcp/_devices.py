@@ -141,7 +141,9 @@ def read_(sections: Iterable[Section]) -> None:
         for descriptor, start, target in sections
         for index, part in enumerate(target.split(PIECE_BYTES))
     ]
-    _read_to_gpus_([part for part in parts if part.target.is_cuda])
+    on_gpus = [part for part in parts if part.target.is_cuda]
+    if on_gpus:
+        _read_to_gpus_(on_gpus)
     on_cpu = [part for part in parts if not part.target.is_cuda]
     for index, (descriptor, start, target) in enumerate(on_cpu):
         for later in on_cpu[index + _NUM_ASKED if index else 0 : index + _NUM_ASKED + 1]:
@@ -151,7 +153,7 @@ def read_(sections: Iterable[Section]) -> None:
 
 def _read_to_gpus_(parts: Sequence[Section]) -> None:
     free: SimpleQueue[torch.Tensor] = SimpleQueue()
-    for piece in pieces(pinned=bool(parts)):
+    for piece in pieces(pinned=True):
         free.put(piece)
     streams = Streams()
     streams.follow(part.target for part in parts)

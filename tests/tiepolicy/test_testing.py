@@ -3,10 +3,11 @@
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 
 import tiepolicy
@@ -217,6 +218,15 @@ the smallest model found is FlaggedPair:
 with the claims of others:
   embed_tokens.weight and lm_head.weight (declared)"""
     assert expected == str(caught.value)
+
+
+def test_claims_that_the_law_is_broken_without_are_not_in_the_report(monkeypatch):
+    """Whether or not Hypothesis makes examples small."""
+    monkeypatch.setattr("tiepolicy.testing.Phase", SimpleNamespace(generate=Phase.generate, shrink=Phase.generate))
+    with pytest.raises(BrokenLawError) as caught:
+        check_plugin(FlagTrusting())
+    _, claimed = str(caught.value).split("with the claims of others:\n")
+    assert 1 == len(claimed.splitlines())
 
 
 def test_models_of_the_plugins_own_framework_are_tried():
