@@ -29,7 +29,7 @@ def weight_bytes(num_weights: int, *, num_own: int, is_fused: bool, compute: int
     gradients = num_weights * compute + (4 * num_weights if accumulates else 0) if is_fused else 4 * num_own
     return {
         "master weights (float32)": 4 * num_own,
-        "weights to compute with": compute * num_weights if is_fused or compute < 4 else 0,
+        "weights to compute with": compute * num_weights if compute < 4 else 0,
         "gradients": gradients,
         "moments of AdamW (float32)": 8 * num_own,
     }

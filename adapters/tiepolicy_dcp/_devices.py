@@ -146,7 +146,8 @@ def read_(sections: Iterable[Section]) -> None:
         _read_to_gpus_(on_gpus)
     on_cpu = [part for part in parts if not part.target.is_cuda]
     for index, (descriptor, start, target) in enumerate(on_cpu):
-        for later in on_cpu[index + _NUM_ASKED if index else 0 : index + _NUM_ASKED + 1]:
+        not_asked = index + _NUM_ASKED if index else 0
+        for later in on_cpu[not_asked : index + _NUM_ASKED + 1]:
             read_soon(later.descriptor, later.start, len(later.target))
         fill_(descriptor, start, target)
 
