@@ -25,7 +25,7 @@ FLOW = {
         _display _paths _manifest _plan hookspecs _rules _plugins _policy _reconcile _safetensors _pickles _metadata
         _contents _digests files _verify _diff _inspect _cli __main__ __init__ _laws testing""",
     "tiepolicy_hf": "_plugin _flags _folder _save _ties _load _trainer __init__",
-    "tiepolicy_dcp": """errors _ranks _folder _devices _frames _files _archives _reader _writer _groups _state
+    "tiepolicy_dcp": """_ranks _folder _devices _frames _files _archives _reader _writer _groups _state
         _stages _save _reconcile _load _root _staging _async _store __init__""",
     "tiepolicy_fsdp2": "errors _kept _groups _shard _materialize _pipeline __init__",
     "eagle3": """errors terminal files config options conversations features tokens data vocab description target

@@ -28,8 +28,8 @@ _CHUNK_BYTES = 1 << 22
 _ASKED_BYTES = 1 << 17
 #: What a disk is asked for before it is read. The readahead of one reader leaves a disk idle in between.
 READ_AHEAD_BYTES = 1 << 26
-#: Threads that read ahead of the hash, which is faster than one of them, and the processors that are enough for them.
-_NUM_AHEAD, _ENOUGH_PROCESSORS = 3, 8
+#: Threads that read ahead of the hash, which is faster than one of them.
+_NUM_AHEAD = 3
 
 #: Is told how many bytes were read.
 Seen = Callable[[int], None]
@@ -208,13 +208,20 @@ def read_soon(descriptor: int, start: int, num_bytes: int) -> None:
             os.posix_fadvise(descriptor, place, min(_ASKED_BYTES, start + num_bytes - place), os.POSIX_FADV_WILLNEED)
 
 
+def spare_processors() -> int:
+    """How many threads can run beside this one, if each process that torchrun started here has as many."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, available // int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1)
+
+
 def _chunks(path: Path, *, ahead: bool = False) -> Iterator[memoryview]:
     """The bytes of a file, each chunk valid until the next; threads read `ahead`, but not in a process that may end."""
     coming: deque[Future[memoryview]] = deque()
-    with open_file(path) as file, ThreadPoolExecutor(_NUM_AHEAD) as readers:
+    num_ahead = min(spare_processors(), _NUM_AHEAD) if ahead else 0
+    with open_file(path) as file, ThreadPoolExecutor(max(num_ahead, 1)) as readers:
         size = os.fstat(file.fileno()).st_size
         read_soon(file.fileno(), 0, min(size, READ_AHEAD_BYTES))
-        rooms = [memoryview(bytearray(min(size, _CHUNK_BYTES))) for _ in range(_NUM_AHEAD + 1)]
+        rooms = [memoryview(bytearray(min(size, _CHUNK_BYTES))) for _ in range(num_ahead + 1)]
 
         def read(start: int) -> memoryview:
             later = start + READ_AHEAD_BYTES
@@ -222,8 +229,7 @@ def _chunks(path: Path, *, ahead: bool = False) -> Iterator[memoryview]:
             room = rooms[start // _CHUNK_BYTES % len(rooms)]
             return room[: os.preadv(file.fileno(), [room], start)]
 
-        # Of few processors, threads would take the time of this one, or of other ranks.
-        if not ahead or (os.cpu_count() or 1) < _ENOUGH_PROCESSORS:
+        if not num_ahead:
             yield from map(read, range(0, size, _CHUNK_BYTES))
             return
         for start in range(0, size, _CHUNK_BYTES):

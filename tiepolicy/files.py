@@ -13,6 +13,7 @@ from tiepolicy._digests import measure as measure
 from tiepolicy._digests import new_digest as new_digest
 from tiepolicy._digests import read_digests as read_digests
 from tiepolicy._digests import read_soon as read_soon
+from tiepolicy._digests import spare_processors as spare_processors
 from tiepolicy._metadata import ChunkedTensor as ChunkedTensor
 from tiepolicy._metadata import Place as Place
 from tiepolicy._metadata import ShardedMetadata as ShardedMetadata

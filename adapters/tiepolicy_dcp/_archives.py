@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageIn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from tiepolicy.errors import CheckpointError
 from tiepolicy.files import Record, RecordUnpickler, member, read_soon, record
 from tiepolicy_dcp._devices import Section, as_bytes, fill_, read_
 from tiepolicy_dcp._frames import STORAGES, contiguous_stride, frame
-from tiepolicy_dcp.errors import CheckpointError
 
 #: Types that `torch.save` names beside a storage without one.
 _OTHER_DTYPES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))

@@ -13,12 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tiepolicy import Owners, TiePlan
+from tiepolicy.errors import CheckpointError
 from tiepolicy_dcp._files import Written, write_tensors
 from tiepolicy_dcp._folder import discard
 from tiepolicy_dcp._ranks import all_present, is_distributed, is_first_rank, on_all_ranks, on_first_rank
 from tiepolicy_dcp._save import Contents, Given, Job, begin, collect, complete
 from tiepolicy_dcp._staging import Staging, WorkerProcess
-from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from tiepolicy.files import READ_AHEAD_BYTES, read_soon
+from tiepolicy.files import READ_AHEAD_BYTES, read_soon, spare_processors
 
 #: How much is copied, hashed and written at a time. A disk and a bus reach their rates with it.
 PIECE_BYTES = 1 << 22
@@ -145,11 +145,16 @@ def read_(sections: Iterable[Section]) -> None:
     if on_gpus:
         _read_to_gpus_(on_gpus)
     on_cpu = [part for part in parts if not part.target.is_cuda]
-    for index, (descriptor, start, target) in enumerate(on_cpu):
+
+    def read_part_(index: int) -> None:
         not_asked = index + _NUM_ASKED if index else 0
         for later in on_cpu[not_asked : index + _NUM_ASKED + 1]:
             read_soon(later.descriptor, later.start, len(later.target))
-        fill_(descriptor, start, target)
+        fill_(*on_cpu[index])
+
+    with ThreadPoolExecutor(min(spare_processors() + 1, _NUM_READERS)) as readers:
+        for _ in readers.map(read_part_, range(len(on_cpu))):
+            pass
 
 
 def _read_to_gpus_(parts: Sequence[Section]) -> None:

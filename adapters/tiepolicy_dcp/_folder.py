@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tiepolicy import TiePlan, files
-from tiepolicy.errors import ManifestError
+from tiepolicy.errors import CheckpointError, ManifestError
 from tiepolicy.files import member
-from tiepolicy_dcp.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"

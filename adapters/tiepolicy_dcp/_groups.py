@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tiepolicy.errors import CheckpointError
 from tiepolicy_dcp._ranks import on_all_ranks
-from tiepolicy_dcp.errors import CheckpointError
 
 #: Bytes kept for the hyperparameters of one group, as JSON padded with spaces. Fixed, since a loader must make room for
 #: a tensor before it has seen it.

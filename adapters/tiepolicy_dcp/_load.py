@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import Action, ActionKind, Owners, TensorSpec, TiePlan, observe, reconcile, take, view_of
-from tiepolicy.errors import ManifestError
+from tiepolicy.errors import CheckpointError, ManifestError
 from tiepolicy.files import (
     DIGESTS,
     READ_AHEAD_BYTES,
@@ -32,11 +33,22 @@ from tiepolicy_dcp._groups import decode, joined
 from tiepolicy_dcp._ranks import agreed_plan, num_ranks, on_all_ranks, rank
 from tiepolicy_dcp._reader import StoredTensors, read_tensors
 from tiepolicy_dcp._reconcile import SavedNames, performed, reconcile_optimizer, settle_model, settle_optimizer
-from tiepolicy_dcp._state import TENSORS, VALUES, ModelState, OptimizerState, StateEntry, observed, read_extra
+from tiepolicy_dcp._state import (
+    TENSORS,
+    VALUES,
+    ModelState,
+    OptimizerState,
+    StateEntry,
+    are_in_place,
+    observed,
+    read_extra,
+)
 from tiepolicy_dcp._writer import data_file
-from tiepolicy_dcp.errors import CheckpointError
 
 logger = logging.getLogger("tiepolicy_dcp")
+
+#: What every rank reads, and checks itself.
+_READ_BY_ALL = frozenset({METADATA, MANIFEST, VALUES, TENSORS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +134,20 @@ def _read_early(folder: Path) -> None:
 def _restore(folder: Path, model: ModelState, optimizer: OptimizerState | None, verify: Verify) -> Restored:
     plan = model.plan
     live, entries = observed(model, optimizer)
-    found = _check(folder, plan, entries, external=model.external or {}, verify=verify)
-    model_actions = settle_model(found.stored, found.actions, live=live, taken=found.taken, plan=plan)
-    places = {name: entry.place for name, entry in entries.items()}
+    in_place = are_in_place(live.values(), model.model)
+    found, compared, optimized = _check(folder, plan, entries, external=model.external or {}, verify=verify)
+    model_actions, optimizer_actions = found.actions, found.optimizer_actions
     states = {name: entry.tensor for name, entry in entries.items()}
-    optimizer_actions = settle_optimizer(found.stored, found.optimizer_actions, places=places, live=states, plan=plan)
-    hyperparameters = _hyperparameters(found.stored, entries)
+    if compared:
+        places = {name: entry.place for name, entry in entries.items()}
+        model_actions = settle_model(found.stored, model_actions, live=live, taken=found.taken, plan=plan)
+        optimizer_actions = settle_optimizer(found.stored, optimizer_actions, places=places, live=states, plan=plan)
+    hyperparameters = _hyperparameters(found.stored, entries) if optimized else {}
     _read(found, model_actions, live, optimizer_actions, states)
-    model.load_state_dict(live)
+    if in_place and not found.taken:
+        plan.verify(model.model, after="its state was loaded")
+    else:
+        model.load_state_dict(live)
     if optimizer is not None:
         optimizer.fill(states, hyperparameters)
     return Restored(
@@ -153,14 +171,25 @@ class _Found:
 
 def _check(
     folder: Path, plan: TiePlan, entries: Mapping[str, StateEntry], *, external: Owners, verify: Verify
-) -> _Found:
-    """Look at everything but the tensors. Called by all ranks; an error on one is an error on all."""
+) -> tuple[_Found, bool, bool]:
+    """Look at everything but the tensors. Called by all ranks; an error on one is an error on all.
+
+    Returns:
+        What was found; whether any rank has values to compare; whether any has an optimizer.
+    """
     found: list[_Found] = []
 
     def look() -> None:
-        records = _check_share(folder, verify)
+        records = _records(folder, verify)
+        known = records or {}
+        check_files_of = partial(check_files, folder, known, advice="Load an earlier checkpoint")
+        # By number: a rank then reads the file into its host's memory that it will load most of.
+        data = sorted(known.keys() - _READ_BY_ALL, key=lambda name: (name[:2] != "__", len(name), name))
+        share = data[rank() :: num_ranks()]
+        check_files_of(share, verify="size")
+        check_files_of(known.keys() & _READ_BY_ALL, verify=verify)
         stored = StoredTensors(folder)
-        check_recorded(folder, records, (METADATA, MANIFEST, VALUES, TENSORS, *stored.files))
+        check_recorded(folder, records, _READ_BY_ALL | stored.files)
         actions = reconcile(plan, _saved(folder, stored.specs("model.")))
         ties = {action.name: action.external for action in actions if action.external is not None}
         owners = {owner: observe(model) for owner, model in external.items()} if ties else {}
@@ -170,19 +199,22 @@ def _check(
         found.append(
             _Found(stored=stored, extra=extra, actions=actions, taken=taken, optimizer_actions=optimizer_actions)
         )
+        check_files_of(share, verify=verify)  # the disk has been reading these all the while
 
-    def check() -> None:
+    def check() -> tuple[bool, bool]:
         try:
             look()
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read: {error}. Nothing was loaded") from error
+        kinds = {action.kind for action in (*found[0].actions, *found[0].optimizer_actions)}
+        return ActionKind.COMPARE in kinds, bool(entries)
 
-    on_all_ranks(check)
-    return found[0]
+    compared, optimized = zip(*on_all_ranks(check), strict=True)
+    return found[0], any(compared), any(optimized)
 
 
-def _check_share(folder: Path, verify: Verify) -> Mapping[str, FileRecord] | None:
-    """Hold this rank's share of the files against what was recorded; that, or None if there is nothing to hold to."""
+def _records(folder: Path, verify: Verify) -> Mapping[str, FileRecord] | None:
+    """What to hold the files against; None if there is nothing."""
     if verify == "off":
         return None
     records = read_digests(folder)
@@ -191,14 +223,9 @@ def _check_share(folder: Path, verify: Verify) -> Mapping[str, FileRecord] | Non
             f"{folder / DIGESTS} is missing: a part of the checkpoint was lost. Nothing was loaded. To load it "
             'unchecked, pass verify="off"'
         )
-    if records is None:  # plain DCP wrote it
-        return None
-    if verify == "full" and not all(record.digest for record in records.values()):
+    if verify == "full" and records and not all(record.digest for record in records.values()):
         logger.warning("%s was saved without digests: only the sizes of its files are checked", folder)
-    # Data files first, by number: a rank then reads the file into its host's memory that it will load most of.
-    names = sorted(records, key=lambda name: (not name.startswith("__"), len(name), name))
-    check_files(folder, records, names[rank() :: num_ranks()], verify=verify, advice="Load an earlier checkpoint")
-    return records
+    return records  # None if plain DCP wrote it
 
 
 def _saved(folder: Path, stored: Mapping[str, TensorSpec]) -> TiePlan | Mapping[str, TensorSpec]:
@@ -226,8 +253,6 @@ def _hyperparameters(stored: StoredTensors, entries: Mapping[str, StateEntry]) -
     encoded = {name: entry.tensor for name, entry in entries.items() if entry.group is not None}
     # The live values are about to be replaced, so they may differ.
     groups = joined([entry.group._replace(values={}) for entry in entries.values() if entry.group is not None])
-    if not any(on_all_ranks(lambda: bool(encoded))):
-        return {}
     read_tensors(stored, {name: (f"optimizer.{name}", tensor) for name, tensor in encoded.items()})
     decoded: dict[str, dict[str, Any]] = {}
 

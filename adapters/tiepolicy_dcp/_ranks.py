@@ -9,8 +9,7 @@ from typing import TypeAlias, TypeVar
 import torch.distributed as dist
 
 from tiepolicy import TiePlan
-from tiepolicy.errors import PlanMismatchError
-from tiepolicy_dcp.errors import LostRankError
+from tiepolicy.errors import LostRankError, PlanMismatchError
 
 T = TypeVar("T")
 U = TypeVar("U")

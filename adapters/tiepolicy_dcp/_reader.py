@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tiepolicy import TensorSpec
+from tiepolicy.errors import CheckpointError
 from tiepolicy.files import ChunkedTensor, read_sharded_metadata
 from tiepolicy_dcp._archives import ArchiveReader
 from tiepolicy_dcp._ranks import num_ranks, on_all_ranks, rank
-from tiepolicy_dcp.errors import CheckpointError
 
 
 class StoredTensors:

@@ -261,8 +261,6 @@ def _kept(conflict: Conflict, plan: TiePlan) -> str:
 
 def _differences(stored: StoredTensors, pairs: Mapping[Action, _Pair]) -> dict[Action, str]:
     """Where the two of each pair differ on any rank; on the lowest such rank, if on several."""
-    if not any(on_all_ranks(lambda: bool(pairs))):
-        return {}
     seconds = [torch.empty_like(view_of(pair.owner, pair.view)) for pair in pairs.values()]
     targets: dict[str, tuple[str, torch.Tensor]] = {}
     for index, (pair, second) in enumerate(zip(pairs.values(), seconds, strict=True)):

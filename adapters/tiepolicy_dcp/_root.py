@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from tiepolicy.errors import CheckpointError
 from tiepolicy_dcp._folder import METADATA, RECORD, flush_folder, read_json, temporary, write_text
-from tiepolicy_dcp.errors import CheckpointError
 
 try:
     from filelock import FileLock, Timeout

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import Owners, TiePlan
+from tiepolicy.errors import CheckpointError, LostRankError
 from tiepolicy.files import DIGESTS, FileRecord, digests_text, measure
 from tiepolicy_dcp._files import Written, write_safetensors, write_tensors
 from tiepolicy_dcp._folder import RECORD, discard, prepare, publish, write_manifest, write_text
@@ -24,7 +25,6 @@ from tiepolicy_dcp._reader import StoredTensors, find_tensors
 from tiepolicy_dcp._stages import store_once
 from tiepolicy_dcp._state import Extra, ModelState, OptimizerState, observed, pack_extra, write_extra
 from tiepolicy_dcp._writer import AliasWriter, Share, data_file, divide
-from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
 #: File of a checkpoint with the whole model as other tools read it.
 CONSOLIDATED = "model.safetensors"

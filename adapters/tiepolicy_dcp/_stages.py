@@ -8,10 +8,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tiepolicy import TiePlan, content_digest
-from tiepolicy.errors import MissingTensorError, TieConflictError
+from tiepolicy.errors import CheckpointError, MissingTensorError, TieConflictError
 from tiepolicy_dcp._ranks import on_all_ranks, rank
 from tiepolicy_dcp._state import StateEntry
-from tiepolicy_dcp.errors import CheckpointError
 
 
 class _Half(NamedTuple):

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tiepolicy.errors import CheckpointError
 from tiepolicy.files import FileRecord
 from tiepolicy_dcp._devices import Streams, fetch
 from tiepolicy_dcp._files import Written, write_tensors
-from tiepolicy_dcp.errors import CheckpointError
 
 #: Where a copy may begin: what vector instructions and DMA like.
 _ALIGNMENT = 64

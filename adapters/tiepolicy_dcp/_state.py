@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,12 @@ from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import Owners, TensorSpec, TiePlan
+from tiepolicy.errors import CheckpointError
 from tiepolicy.files import member
 from tiepolicy_dcp._files import write_safetensors
 from tiepolicy_dcp._folder import read_json, write_text
 from tiepolicy_dcp._groups import Group, decode, encode
 from tiepolicy_dcp._ranks import on_all_ranks
-from tiepolicy_dcp.errors import CheckpointError
 
 
 class StateEntry(NamedTuple):
@@ -232,20 +232,25 @@ def observed(model: ModelState, optimizer: OptimizerState | None) -> tuple[dict[
     return live, entries
 
 
+def are_in_place(values: Iterable[Any], model: nn.Module) -> bool:
+    """Whether all values are tensors in the memory of the model's own, so that to read into them fills it."""
+    own = {_place(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return {_place(value) for value in values} <= own - {None}
+
+
 def _is_in_place(own: Any, value: Any) -> bool:
     """Whether two values are one tensor in memory."""
-    if own is value:
-        return True
-    if isinstance(own, DTensor) and isinstance(value, DTensor) and own.placements == value.placements:
-        own, value = own.to_local(), value.to_local()
-    # Other subclasses may have no memory of their own, and then no address.
-    if not {type(own), type(value)} <= {torch.Tensor, nn.Parameter}:
-        return False
-    return _place(own) == _place(value)
+    return own is value or _place(own) == _place(value) is not None
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _place(value: Any) -> tuple[Any, ...] | None:
+    """Where a tensor lies and how; None for what may have no memory of its own, and then no address."""
+    placements = None
+    if isinstance(value, DTensor):
+        placements, value = value.placements, value.to_local()
+    if type(value) not in (torch.Tensor, nn.Parameter):
+        return None
+    return placements, value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tiepolicy import Owners, TiePlan
-from tiepolicy.errors import TiePolicyError
+from tiepolicy.errors import CheckpointError, LostRankError, TiePolicyError
 from tiepolicy.files import Verify
 from tiepolicy_dcp._async import AsyncSaver, PendingSave, Worker
 from tiepolicy_dcp._folder import remove_leftovers, withdraw
@@ -35,7 +35,6 @@ from tiepolicy_dcp._root import (
     read_records,
 )
 from tiepolicy_dcp._save import Contents, Given, begin, collect, complete
-from tiepolicy_dcp.errors import CheckpointError, LostRankError
 
 logger = logging.getLogger("tiepolicy_dcp")
 

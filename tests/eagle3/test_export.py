@@ -19,7 +19,7 @@ from eagle3.export import ExportedDraft, export, plain_config, speculators_confi
 from eagle3.finished import open_run
 from eagle3.unroll import TrainingTimeTest, plan_rows
 from eagle3_targets import make_run, make_target, make_world
-from tiepolicy_dcp.errors import CheckpointError
+from tiepolicy.errors import CheckpointError
 
 LAYER = {
     "input_layernorm.weight": (32,),

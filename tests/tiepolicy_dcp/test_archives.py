@@ -107,7 +107,7 @@ def test_a_disk_is_asked_for_all_that_is_read_and_for_little_more_at_a_time(tmp_
 
     monkeypatch.setattr(os, "posix_fadvise", asking)
     monkeypatch.setattr(os, "preadv", reading)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads read ahead of others
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # threads read ahead of others
     monkeypatch.setattr("tiepolicy_dcp._load.READ_AHEAD_BYTES", window)
     monkeypatch.setattr("tiepolicy._digests.READ_AHEAD_BYTES", window)
     monkeypatch.setattr("tiepolicy_dcp._devices._NUM_ASKED", window // piece)

@@ -15,13 +15,13 @@ from safetensors.torch import save
 
 from tiepolicy import TensorSpec
 from tiepolicy._safetensors import DTYPES
-from tiepolicy.files import FileRecord, check_files, measure
+from tiepolicy.errors import CheckpointError
+from tiepolicy.files import FileRecord, check_files, measure, spare_processors
 from tiepolicy_dcp import _files
 from tiepolicy_dcp._archives import find_tensor
 from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, as_bytes, fetch, read_
 from tiepolicy_dcp._files import write_safetensors, write_tensors
 from tiepolicy_dcp._frames import STORAGES, frame
-from tiepolicy_dcp.errors import CheckpointError
 
 
 def framed(tensor):
@@ -135,7 +135,9 @@ def test_what_is_fetched_lies_where_it_belongs(tmp_path):
         assert expected == content[start : start + len(expected)]
 
 
-def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path):
+@pytest.mark.parametrize("num_processors", [1, 64])
+def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path, num_processors, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(num_processors), raising=False)
     content = torch.randint(0, 256, (3 * PIECE_BYTES,), dtype=torch.uint8)
     (tmp_path / "data").write_bytes(content.numpy().tobytes())
     starts, lengths = (7, PIECE_BYTES + 9, 0), (PIECE_BYTES, 2 * PIECE_BYTES - 9, 0)
@@ -148,12 +150,21 @@ def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path):
             read_([Section(file.fileno(), len(content) - 4, torch.empty(5, dtype=torch.uint8))])
 
 
-@pytest.mark.parametrize("num_processors", [2, 64])
+@pytest.mark.parametrize(("processors", "processes", "spare"), [(1, None, 0), (8, None, 7), (8, 3, 1), (2, 4, 0)])
+def test_processors_are_shared_with_the_other_processes_of_this_machine(processors, processes, spare, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(processors), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert spare == spare_processors()
+
+
+@pytest.mark.parametrize("num_processors", [1, 2, 64])
 @pytest.mark.parametrize("num_bytes", [0, 1, PIECE_BYTES, 11 * PIECE_BYTES + 5])
 def test_a_file_has_the_digest_of_its_bytes_in_order_though_it_is_read_ahead(
     tmp_path, num_bytes, num_processors, monkeypatch
 ):
-    monkeypatch.setattr(os, "cpu_count", lambda: num_processors)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(num_processors), raising=False)
     content = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "data").write_bytes(content)
     records = {"data": FileRecord(num_bytes, xxhash.xxh3_128(content).hexdigest())}

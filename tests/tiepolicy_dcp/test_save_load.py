@@ -44,6 +44,21 @@ def test_a_tied_tensor_is_written_once(tmp_path):
     assert folder == tmp_path / "ours"
 
 
+def test_a_model_whose_state_is_a_copy_is_filled_too(tmp_path):
+    """As hooks make one that gather, cast or unpack; what is read into the copy has yet to come to the model."""
+
+    def copied(module, state, prefix, _):
+        for name in list(state):
+            state[name] = state[name].clone()
+
+    saved, model = TiedPair(), TiedPair()
+    model.register_state_dict_post_hook(copied)
+    tiepolicy_dcp.save(tmp_path / "c", model=saved)
+    tiepolicy_dcp.load(tmp_path / "c", model=model)
+    assert torch.equal(saved.lm_head.weight, model.lm_head.weight)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_plain_dcp_finds_both_names_of_what_was_written_once(tmp_path, tied):
     """Into a tied and into an untied model, by code that knows nothing of ties."""
