@@ -27,7 +27,7 @@ FLOW = {
     "tiepolicy_hf": "_plugin _flags _folder _save _ties _load _trainer __init__",
     "tiepolicy_dcp": """_ranks _folder _devices _frames _files _archives _reader _writer _groups _state
         _stages _save _reconcile _load _root _staging _async _store __init__""",
-    "tiepolicy_fsdp2": "errors _kept _groups _shard _materialize _pipeline __init__",
+    "tiepolicy_fsdp2": "_kept _groups _shard _materialize _pipeline __init__",
     "eagle3": """errors terminal files config options conversations features tokens data vocab description target
         cache capture parallel blueprint inputs teacher draft loss unroll flat pairs layers tape fused
         graphs optimizer metrics checkpoint finished step fused_scorer trainer embedded speculate commands

@@ -68,6 +68,10 @@ class PlanMismatchError(TiePolicyError):
     """Ranks that save or load together made different plans."""
 
 
+class ShardingError(TiePolicyError):
+    """A model cannot be sharded, materialised or cut into stages as it was asked without losing a tie or a value."""
+
+
 class CheckpointError(TiePolicyError):
     """A checkpoint cannot be written, found or read."""
 

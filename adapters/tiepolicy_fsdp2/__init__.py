@@ -1,5 +1,7 @@
 """FSDP2 under the tie policy: what was one parameter stays one through sharding, memory, loading and training."""
 
+from tiepolicy.errors import BrokenTieError as BrokenTieError
+from tiepolicy.errors import ShardingError as ShardingError
 from tiepolicy_fsdp2._groups import Block as Block
 from tiepolicy_fsdp2._groups import ShardGroup as ShardGroup
 from tiepolicy_fsdp2._groups import shard_groups as shard_groups
@@ -17,5 +19,3 @@ from tiepolicy_fsdp2._pipeline import verify_stages as verify_stages
 from tiepolicy_fsdp2._shard import ShardOptions as ShardOptions
 from tiepolicy_fsdp2._shard import fully_shard as fully_shard
 from tiepolicy_fsdp2._shard import parallelize_module as parallelize_module
-from tiepolicy_fsdp2.errors import BrokenTieError as BrokenTieError
-from tiepolicy_fsdp2.errors import ShardingError as ShardingError

@@ -7,8 +7,8 @@ from graphlib import CycleError, TopologicalSorter
 from torch import nn
 
 import tiepolicy
+from tiepolicy.errors import ShardingError
 from tiepolicy_fsdp2._kept import places
-from tiepolicy_fsdp2.errors import ShardingError
 
 #: What to gather on its own: a module, every module of a class, or the module at a path.
 Block = nn.Module | type[nn.Module] | str

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 import tiepolicy
 from tiepolicy import Keep, TiePlan
-from tiepolicy_fsdp2.errors import BrokenTieError, ShardingError
+from tiepolicy.errors import BrokenTieError, ShardingError
 
 # An attribute lives as long as the model and goes with it into copies; a state dict never sees it.
 _ATTRIBUTE = "_tiepolicy_plan"

@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import tiepolicy
 from tiepolicy import TiePlan
+from tiepolicy.errors import MissingTensorError
 from tiepolicy_fsdp2._kept import keep_plan, kept_plan, verify
-from tiepolicy_fsdp2.errors import MissingTensorError
 
 #: Writes the first values of the tensors that a module holds itself, as transformers' `_init_weights` does.
 Init = Callable[[nn.Module], object]

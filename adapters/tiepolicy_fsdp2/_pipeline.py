@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tiepolicy import Keep, TiePlan, content_digest
+from tiepolicy.errors import MissingTensorError, ShardingError, TieConflictError
 from tiepolicy_fsdp2._kept import places
 from tiepolicy_fsdp2._shard import gathered
-from tiepolicy_fsdp2.errors import MissingTensorError, ShardingError, TieConflictError
 
 
 class SharedTie(NamedTuple):

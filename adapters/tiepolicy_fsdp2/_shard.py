@@ -14,9 +14,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import parallelize_module as torch_parallelize_module
 
 from tiepolicy import Reason, TiePlan
+from tiepolicy.errors import PlanMismatchError, ShardingError
 from tiepolicy_fsdp2._groups import Block, ShardGroup, shard_groups
 from tiepolicy_fsdp2._kept import keep_plan, kept_plan, places, verify
-from tiepolicy_fsdp2.errors import PlanMismatchError, ShardingError
 
 T = TypeVar("T")
 
