@@ -19,7 +19,7 @@ from tiepolicy.files import READ_AHEAD_BYTES, read_soon, spare_processors
 PIECE_BYTES = 1 << 22
 #: How many pieces may be on their way.
 NUM_PIECES = 8
-#: What a thread reads of a file, at a time, for a GPU.
+#: Threads that read at once, at most.
 _NUM_READERS = 8
 #: Pieces that a disk is asked for before they are read.
 _NUM_ASKED = READ_AHEAD_BYTES // PIECE_BYTES
