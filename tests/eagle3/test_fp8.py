@@ -29,11 +29,7 @@ from eagle3.kernels.fp8 import (
 from eagle3.optimizer import FlatAdamW
 from eagle3_steps import autograd, make_batch, make_draft, run_fused
 
-ON_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def normal(*shape, seed=0, device="cpu"):
@@ -240,7 +236,6 @@ def test_weights_in_fp8_follow_the_optimizer():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 def test_a_gpu_is_as_near_to_the_truth_as_its_imitation():
     """In another order, and in bfloat16 between products: roundings differ, errors agree in size."""
     draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1520, draft_vocab=1008, intermediate=512)

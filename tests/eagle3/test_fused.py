@@ -122,7 +122,6 @@ def test_a_second_batch_with_another_mask_owes_nothing_to_the_first():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_on_a_gpu_in_bfloat16_it_is_nearer_to_the_truth_than_plain_autograd(deterministic):
     """Both in bfloat16 on the same rounded weights and inputs, against autograd in float64."""
@@ -172,7 +171,6 @@ def on_gpu(batch, *, num_steps):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_step_waits_for_nothing_and_its_graph_gives_the_same(fp8):
@@ -218,7 +216,6 @@ def test_a_step_waits_for_nothing_and_its_graph_gives_the_same(fp8):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 def test_a_graph_is_still_good_after_a_longer_batch():
     """Capturing gives unused memory back, so a graph that reads what it lost would meet an illegal address."""
     draft = make_draft(hidden=256, heads=(8, 2), head_dim=64, vocab=1500, draft_vocab=1000, intermediate=512).float()
@@ -233,7 +230,6 @@ def test_a_graph_is_still_good_after_a_longer_batch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False")
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_deterministic_step_repeats_to_the_bit_on_long_sequences(monkeypatch, fp8):
     """On short ones every step does."""

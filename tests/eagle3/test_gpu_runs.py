@@ -14,10 +14,7 @@ from eagle3.trainer import train
 from eagle3_runs import ALONE, config_of, metrics_of, weights_of
 from eagle3_targets import make_target, make_world
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
-]
+pytestmark = pytest.mark.gpu
 
 GPU = Ranks(rank=0, world_size=1, device=torch.device("cuda", 0))
 #: Ways to compute a step, and how far their losses may be from those of float32.

@@ -12,11 +12,7 @@ from eagle3_runs import config_of, metrics_of, weights_of
 from eagle3_targets import make_target, make_world
 from torchrun import torchrun
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.dist,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.dist]
 
 
 @pytest.fixture(scope="module")

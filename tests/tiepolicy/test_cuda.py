@@ -8,10 +8,7 @@ import tiepolicy
 from models import TiedPair
 from tiepolicy import Reason
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_a_tie_survives_the_way_to_the_gpu_and_is_the_same_plan_there():

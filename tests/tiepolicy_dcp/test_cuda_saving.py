@@ -11,10 +11,7 @@ from models import TiedPair, train_steps
 from tiepolicy_dcp import CheckpointStore, _staging
 from tiepolicy_dcp._devices import PIECE_BYTES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
-]
+pytestmark = pytest.mark.gpu
 WORKERS = ["thread", "process"]
 
 

@@ -1,7 +1,6 @@
 """What `test_sharded.py` and `test_staged.py` show under gloo, under NCCL: two ranks with a GPU for each, or on one."""
 
 import pytest
-import torch
 from test_sharded import RANKS, TRAINED, check_trained, loaded_alone
 from test_staged import RANKS as STAGES
 from test_staged import SCHEDULES, check_resumed, check_synced
@@ -11,11 +10,7 @@ from models import TiedPair
 from torchrun import results_of
 
 CASES = [*TRAINED, "shard_and_compile"]
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.dist,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.dist]
 
 
 @pytest.fixture(scope="module")
