@@ -5,7 +5,7 @@ beside the tools that save the same model. Each round runs every tool once, in t
 machine hits all of them; each operation runs in a process of its own, forked from one that holds the model. Saves end
 when the disk has everything. A load fills a model that is there already. Before it the files are all in memory
 ("warm") or all on the disk only ("cold"), however they were written. A disk is less even than memory: cold loads have
-three times as many rounds, after one save of each tool, and an order of their own in each. Two ranks under torchrun
+six times as many rounds, after one save of each tool, and an order of their own in each. Two ranks under torchrun
 save and load the model as FSDP2 shards it. A save in the background is held against one copy in memory, made right
 before it: by the clock, and by the processor time of the caller, which other processes of the machine do not lengthen.
 `--size 0.02` tries it quickly.
@@ -74,7 +74,7 @@ def unique_bytes(model: nn.Module) -> int:
 
 
 #: Cold loads of each tool, for one round of all else.
-COLD_ROUNDS = 3
+COLD_ROUNDS = 6
 RANKED_TOOLS = (OURS, BASELINE, "dcp")
 
 

@@ -4,14 +4,21 @@ XXH3 with 128 bits finds accidents at the speed of memory. It is no signature: w
 digest.
 """
 
+import contextlib
+import ctypes
+import functools
 import importlib
 import json
+import mmap
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import numpy as np
 
 from tiepolicy._paths import member, open_file, read_json
 from tiepolicy.errors import CheckpointError
@@ -22,12 +29,18 @@ _ALGORITHM = "xxh3_128"
 #: What stands for it in a checkpoint that was saved without digests.
 _SIZES_ONLY = "none"
 _NUM_DIGITS = 32
-#: Read at a time: of less, handing over costs more than reading, and a disk is asked for too little.
+#: Read at a time: of less, handing over costs more than reading.
 _CHUNK_BYTES = 1 << 22
-#: Linux reads no more of what is asked for at once than its readahead, 128 KiB by default.
-_ASKED_BYTES = 1 << 17
 #: What a disk is asked for before it is read. The readahead of one reader leaves a disk idle in between.
 READ_AHEAD_BYTES = 1 << 26
+#: Threads that wait for what was asked for. One would stop with the disk.
+_NUM_ASKERS = 4
+#: Whoever reads less wants no large page.
+_SHORT_BYTES = 1 << 17
+# Since Linux 5.14 and 6.5; Python has no names for them.
+_MADV_POPULATE_READ = 22
+_CACHESTAT = 451
+_libc = ctypes.CDLL(None)
 #: Threads that read ahead of the hash, which is faster than one of them.
 _NUM_AHEAD = 3
 
@@ -198,14 +211,53 @@ def _digest(chunks: Iterable[memoryview], seen: Seen = _ignore) -> str:
 def read_soon(descriptor: int, start: int, num_bytes: int) -> None:
     """Ask the system to have a part of a file in memory when it is read; nobody waits for that.
 
+    Linux answers a fault in a mapping that wants huge pages with large pages, which are copied a third faster than the
+    single ones that `posix_fadvise` gives.
+
     Args:
         descriptor: Of the file, open for reading.
         start: In bytes.
         num_bytes: None are asked for if negative.
     """
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        for place in range(start, start + num_bytes, _ASKED_BYTES):
-            os.posix_fadvise(descriptor, place, min(_ASKED_BYTES, start + num_bytes - place), os.POSIX_FADV_WILLNEED)
+    if num_bytes <= 0 or _is_in_memory(descriptor, start, num_bytes):
+        return
+    end = start + num_bytes
+    # Who reads the file will say what is wrong with it. And a process that ends starts no thread.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        for place in range(start - start % mmap.ALLOCATIONGRANULARITY, end, _CHUNK_BYTES):
+            region = mmap.mmap(descriptor, min(_CHUNK_BYTES, end - place), prot=mmap.PROT_READ, offset=place)
+            if num_bytes < _SHORT_BYTES:
+                region.madvise(mmap.MADV_WILLNEED)
+            else:
+                _askers().submit(_fill, region)
+
+
+def _is_in_memory(descriptor: int, start: int, num_bytes: int) -> bool:
+    """Whether all of it is; mapping it for nothing is a fifth of a load. False where the system does not tell."""
+    if sys.platform != "linux":
+        return False
+    part, counts = (ctypes.c_uint64 * 2)(start, num_bytes), (ctypes.c_uint64 * 5)()
+    num_pages = (start + num_bytes - 1) // mmap.PAGESIZE - start // mmap.PAGESIZE + 1
+    return _libc.syscall(_CACHESTAT, descriptor, part, counts, 0) == 0 and counts[0] >= num_pages
+
+
+@functools.cache
+def _askers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_NUM_ASKERS)
+
+
+os.register_at_fork(after_in_child=_askers.cache_clear)  # a child has none of the threads
+
+
+def _fill(region: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # not on macOS
+        with contextlib.suppress(OSError):  # a kernel without
+            region.madvise(mmap.MADV_HUGEPAGE)
+        address = np.frombuffer(region, np.uint8).ctypes.data
+        # `region.madvise` would keep all threads of Python waiting; to touch it, end the process if the file was cut.
+        if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(len(region)), _MADV_POPULATE_READ) == 0:
+            return
+    region.madvise(mmap.MADV_WILLNEED)
 
 
 def spare_processors() -> int:

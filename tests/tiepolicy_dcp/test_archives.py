@@ -1,8 +1,10 @@
 """What `torch.save` wrote is read in place, and what is no plain tensor is left to `torch.load`."""
 
-import contextlib
+import errno
 import io
+import mmap
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tiepolicy_dcp import CheckpointError
 from tiepolicy_dcp._archives import StoredTensor, find_framed, find_tensor
 from tiepolicy_dcp._frames import STORAGES, frame
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="open files are named by Linux's /proc")
 #: What stands before the archive in its file.
 BEFORE = b"other tensors "
 
@@ -59,43 +62,47 @@ def test_a_frame_is_known_by_every_byte_at_both_ends(shape, dtype, data):
     assert find_framed(io.BytesIO(content[:-1]), 0, len(content), shape=shape, dtype=dtype) is None
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS cannot be asked")
+def mappings(monkeypatch, seen):
+    """Tells `seen` which part of which file a disk is about to be asked for."""
+    real = mmap.mmap
+
+    def mapped(descriptor, num_bytes, *, prot, offset):
+        seen(Path(f"/proc/self/fd/{descriptor}").readlink().name, offset, offset + num_bytes)
+        return real(descriptor, num_bytes, prot=prot, offset=offset)
+
+    monkeypatch.setattr(mmap, "mmap", mapped)
+    monkeypatch.setattr("tiepolicy._digests._is_in_memory", lambda *_: False)  # what was just written is
+
+
+@linux
 def test_a_load_asks_for_short_files_first_and_for_the_start_of_a_long_one(tmp_path, monkeypatch):
     model = torch.nn.Linear(3000, 3000, bias=False)
     tiepolicy_dcp.save(tmp_path / "c", model=model)
     asked = []
-
-    def ask(descriptor, start, num_bytes, advice):
-        asked.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, start, start + num_bytes, advice))
-
-    monkeypatch.setattr(os, "posix_fadvise", ask)
-    monkeypatch.setattr("tiepolicy_dcp._load.READ_AHEAD_BYTES", 1 << 20)
+    mappings(monkeypatch, lambda *part: asked.append(part))
+    monkeypatch.setattr("tiepolicy_dcp._load.READ_AHEAD_BYTES", 1 << 23)
     tiepolicy_dcp.load(tmp_path / "c", model=model, verify="off")
     names = list(dict.fromkeys(name for name, *_ in asked))
     assert [".metadata", "manifest.json", "digests.json", "extra.json", "__0_0.distcp"] == names
-    assert {os.POSIX_FADV_WILLNEED} == {advice for *_, advice in asked}
-    long = [(start, end) for name, start, end, _ in asked if name == "__0_0.distcp"]
-    early, ends = long[:8], long[8:10]
-    assert list(range(0, 1 << 20, 1 << 17)) == [start for start, _ in early]
-    assert (tmp_path / "c" / "__0_0.distcp").stat().st_size == ends[1][1]
-    for start, end in ends:
-        assert 1024 == end - start
+    size = (tmp_path / "c" / "__0_0.distcp").stat().st_size
+    long = [(start, end) for name, start, end in asked if name == "__0_0.distcp"]
+    assert [(0, 1 << 22), (1 << 22, 1 << 23)] == long[:2]
+    assert [(0, 1024), ((size - 1024) // 4096 * 4096, size)] == long[2:4]
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS cannot be asked")
+@linux
 @pytest.mark.parametrize("verify", ["full", "off"])
 def test_a_disk_is_asked_for_all_that_is_read_and_for_little_more_at_a_time(tmp_path, monkeypatch, verify):
     model = torch.nn.Sequential(*(torch.nn.Linear(2000, 1500, bias=False) for _ in range(3)))
     tiepolicy_dcp.save(tmp_path / "c", model=model)
     size = (tmp_path / "c" / "__0_0.distcp").stat().st_size
     window, piece, asked, num_read = 1 << 23, 1 << 22, 0, 0
-    read, ask = os.preadv, os.posix_fadvise
+    read = os.preadv
 
-    def asking(descriptor, start, num_bytes, advice):
+    def asking(name, start, end):
         nonlocal asked
-        if num_bytes != 1024 and Path(f"/proc/self/fd/{descriptor}").readlink().name == "__0_0.distcp":
-            asked = max(asked, start + num_bytes)
-        ask(descriptor, start, num_bytes, advice)
+        if name == "__0_0.distcp" and end - start > piece // 8:
+            asked = max(asked, end)
 
     def reading(descriptor, buffers, start):
         nonlocal num_read
@@ -105,7 +112,7 @@ def test_a_disk_is_asked_for_all_that_is_read_and_for_little_more_at_a_time(tmp_
             assert num_read <= asked <= min(num_read + window + piece, size)
         return count
 
-    monkeypatch.setattr(os, "posix_fadvise", asking)
+    mappings(monkeypatch, asking)
     monkeypatch.setattr(os, "preadv", reading)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # threads read ahead of others
     monkeypatch.setattr("tiepolicy_dcp._load.READ_AHEAD_BYTES", window)
@@ -117,13 +124,30 @@ def test_a_disk_is_asked_for_all_that_is_read_and_for_little_more_at_a_time(tmp_
     assert all(torch.equal(one.weight, other.weight) for one, other in zip(model, loaded, strict=True))
 
 
-def test_a_load_does_without_a_system_that_can_be_asked(tmp_path, monkeypatch):
-    model = torch.nn.Linear(2, 2)
+def refused(*_, **__):
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mmap.MADV_HUGEPAGE": None},
+        {"mmap.MADV_HUGEPAGE": -1},
+        {"tiepolicy._digests._MADV_POPULATE_READ": -1},
+        {"mmap.mmap": refused},
+    ],
+    ids=["macOS", "a kernel without huge pages", "an old kernel", "a file system without mappings"],
+)
+def test_a_load_does_without_a_system_that_can_be_asked(tmp_path, monkeypatch, changes):
+    model = torch.nn.Linear(1000, 1000)
     tiepolicy_dcp.save(tmp_path / "c", model=model)
-    for name in ("posix_fadvise", "POSIX_FADV_WILLNEED"):
-        with contextlib.suppress(AttributeError):
-            monkeypatch.delattr(os, name)
-    loaded = torch.nn.Linear(2, 2)
+    monkeypatch.setattr("tiepolicy._digests._CACHESTAT", -1)
+    for name, value in changes.items():
+        if value is None:
+            monkeypatch.delattr(name, raising=False)
+        else:
+            monkeypatch.setattr(name, value, raising=False)
+    loaded = torch.nn.Linear(1000, 1000)
     tiepolicy_dcp.load(tmp_path / "c", model=loaded)
     assert torch.equal(model.weight, loaded.weight)
 

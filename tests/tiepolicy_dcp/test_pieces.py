@@ -16,7 +16,7 @@ from safetensors.torch import save
 from tiepolicy import TensorSpec
 from tiepolicy._safetensors import DTYPES
 from tiepolicy.errors import CheckpointError
-from tiepolicy.files import FileRecord, check_files, measure, spare_processors
+from tiepolicy.files import FileRecord, check_files, measure
 from tiepolicy_dcp import _files
 from tiepolicy_dcp._archives import find_tensor
 from tiepolicy_dcp._devices import PIECE_BYTES, Section, Streams, as_bytes, fetch, read_
@@ -148,15 +148,6 @@ def test_sections_of_a_file_are_read_to_where_they_belong(tmp_path, num_processo
             assert torch.equal(content[start : start + len(target)], target)
         with pytest.raises(EOFError, match="the file ends 1 bytes before the tensor"):
             read_([Section(file.fileno(), len(content) - 4, torch.empty(5, dtype=torch.uint8))])
-
-
-@pytest.mark.parametrize(("processors", "processes", "spare"), [(1, None, 0), (8, None, 7), (8, 3, 1), (2, 4, 0)])
-def test_processors_are_shared_with_the_other_processes_of_this_machine(processors, processes, spare, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(processors), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if processes is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert spare == spare_processors()
 
 
 @pytest.mark.parametrize("num_processors", [1, 2, 64])
