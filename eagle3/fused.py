@@ -22,7 +22,7 @@ from eagle3.draft import Draft
 from eagle3.flat import FlatWeights
 from eagle3.kernels.causal import causal_attention, causal_attention_backward
 from eagle3.kernels.heads import Heads, place_keys_values, place_queries, sum_by_token, unrotate_
-from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward
+from eagle3.kernels.rowwise import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
 from eagle3.kernels.soft_ce import row_stats, soft_cross_entropy_
 from eagle3.layers import Fp8Head, Head

@@ -27,7 +27,7 @@ from eagle3.kernels.fp8 import (
     transposed,
     weight_gradient,
 )
-from eagle3.kernels.swiglu import swiglu, swiglu_backward_
+from eagle3.kernels.rowwise import swiglu, swiglu_backward_
 
 
 def mlp_of(weights: FlatWeights, *, num_steps: int, num_rows: int) -> Mlp | Fp8Mlp:

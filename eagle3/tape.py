@@ -14,7 +14,7 @@ from torch import Tensor
 from eagle3.flat import FlatWeights
 from eagle3.kernels.causal import CausalResult
 from eagle3.kernels.heads import Heads
-from eagle3.kernels.norms import weight_gradient_parts
+from eagle3.kernels.rowwise import weight_gradient_parts
 from eagle3.layers import Fp8Head, Fp8Mlp, Head, Mlp, head_of, mlp_of
 from eagle3.pairs import PairPlan
 

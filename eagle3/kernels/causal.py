@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 _aten: Any = torch.ops.aten
 _cudnn_forward = _aten._scaled_dot_product_cudnn_attention  # noqa: SLF001 - beneath the public function, see above
@@ -61,6 +62,13 @@ class CausalResult:
     out_LQd: Tensor
     lse_BQT: Tensor
     saved: tuple[Any, ...]
+
+
+def takes_heads(size: int, device: torch.device, *, deterministic: bool) -> bool:
+    """Whether a GPU has kernels for heads of a size, in bfloat16 and with gradients."""
+    heads = torch.empty(1, 1, 64, size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    attention = SDPAParams(heads, heads, heads, None, 0.0, True, False)
+    return can_use_flash_attention(attention) and (deterministic or can_use_cudnn_attention(attention))
 
 
 def causal_attention(

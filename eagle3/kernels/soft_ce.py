@@ -93,23 +93,30 @@ def soft_cross_entropy_(
 
 
 @jit
-def _row_max_kernel(logits_ptr, lse_ptr, max_ptr, argmax_ptr, width, BLOCK: tl.constexpr, HAS_LSE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _top_of(row_ptr, width, BLOCK: tl.constexpr, HAS_TOTAL: tl.constexpr):
+    """The largest logit of a row, its column, and the sum of exp(logit - largest) where that is wanted."""
     column = tl.arange(0, BLOCK)
     top = float("-inf")
     best = 0
     total = 0.0
     for start in range(0, width, BLOCK):
         inside = start + column < width
-        logits = tl.load(logits_ptr + row * width + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        logits = tl.load(row_ptr + start + column, mask=inside, other=float("-inf")).to(tl.float32)
         here = tl.max(logits, axis=0)
         # Few blocks hold a larger logit than all before; only these are searched for its column.
         if here > top:
             best = start + tl.min(tl.where(logits == here, column, BLOCK), axis=0)
             total = total * tl.exp(top - here)
             top = here
-        if HAS_LSE:
+        if HAS_TOTAL:
             total += tl.sum(tl.exp(logits - top), axis=0)
+    return top, best, total
+
+
+@jit
+def _row_max_kernel(logits_ptr, lse_ptr, max_ptr, argmax_ptr, width, BLOCK: tl.constexpr, HAS_LSE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    top, best, total = _top_of(logits_ptr + row * width, width, BLOCK, HAS_LSE)
     if HAS_LSE:
         tl.store(lse_ptr + row, top + tl.log(total))
     tl.store(max_ptr + row, top)
@@ -132,18 +139,7 @@ def _soft_cross_entropy_kernel(
 ):
     pair = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    top = float("-inf")
-    best = 0
-    total = 0.0
-    for start in range(0, width, BLOCK):
-        inside = start + column < width
-        logits = tl.load(logits_ptr + pair * width + start + column, mask=inside, other=float("-inf")).to(tl.float32)
-        here = tl.max(logits, axis=0)
-        if here > top:
-            best = start + tl.min(tl.where(logits == here, column, BLOCK), axis=0)
-            total = total * tl.exp(top - here)
-            top = here
-        total += tl.sum(tl.exp(logits - top), axis=0)
+    top, best, total = _top_of(logits_ptr + pair * width, width, BLOCK, True)
     lse = top + tl.log(total)
     tl.store(argmax_ptr + pair, best)
     teacher_row = tl.load(teacher_index_ptr + pair).to(tl.int64)

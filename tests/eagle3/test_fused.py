@@ -14,8 +14,8 @@ from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, rounded
 from eagle3.kernels.causal import Segments, causal_attention
 from eagle3.kernels.heads import Heads, place_keys_values
+from eagle3.kernels.rowwise import swiglu, swiglu_backward_
 from eagle3.kernels.same_row import merge_same_row_
-from eagle3.kernels.swiglu import swiglu, swiglu_backward_
 from eagle3.optimizer import FlatAdamW, clip_factor
 from eagle3.pairs import padded, plan_pairs
 from eagle3.teacher import TeacherHead

@@ -1,6 +1,7 @@
-"""RMS norms that end a residual addition, one or two of them on the same row, and their gradients.
+"""What is computed row by row, with its gradients: RMS norms that end a residual addition, and the gated activation.
 
-Shape suffixes: M rows, H width, R rows of a gathered or scattered tensor, G partial sums over rows.
+Shape suffixes: M rows, H width, R rows of a gathered or scattered tensor, G partial sums over rows, I intermediate
+width. Gate and up stand side by side: (M, 2I), the gate first.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from eagle3.kernels import jit, next_power_of_2, tl, widened
 
 #: Rows are shared out over this many programs where sums over rows are needed: two per multiprocessor of an H200.
 _NUM_PROGRAMS = 264
+_SWIGLU_BLOCK = 1024
 
 
 def weight_gradient_parts(device: torch.device) -> int:
@@ -294,3 +297,51 @@ def _rms_norm_backward_kernel(
     tl.store(grad_weight_ptr + own, grad_weight, mask=inside)
     if HAS_SECOND:
         tl.store(grad_second_weight_ptr + own, grad_second_weight, mask=inside)
+
+
+def swiglu(gate_up_M2I: Tensor, *, out_MI: Tensor) -> None:
+    """Writes silu(gate) * up to `out_MI`."""
+    num_rows, width = out_MI.shape
+    if not out_MI.is_cuda:
+        gate, up = widened(gate_up_M2I).chunk(2, dim=-1)
+        out_MI.copy_(functional.silu(gate) * up)
+    elif num_rows:
+        _swiglu_kernel[(num_rows, -(-width // _SWIGLU_BLOCK))](gate_up_M2I, out_MI, width, BLOCK=_SWIGLU_BLOCK)
+
+
+def swiglu_backward_(gate_up_M2I: Tensor, grad_MI: Tensor) -> None:
+    """Replaces gate and up by their gradients, given that of the activation."""
+    num_rows, width = grad_MI.shape
+    if not grad_MI.is_cuda:
+        gate, up = widened(gate_up_M2I).chunk(2, dim=-1)
+        share = torch.sigmoid(gate)
+        grad_gate = grad_MI * up * share * (1 + gate * (1 - share))
+        gate_up_M2I.copy_(torch.cat((grad_gate, grad_MI * gate * share), dim=-1))
+    elif num_rows:
+        _swiglu_backward_kernel[(num_rows, -(-width // _SWIGLU_BLOCK))](
+            gate_up_M2I, grad_MI, width, BLOCK=_SWIGLU_BLOCK
+        )
+
+
+@jit
+def _swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + column, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+@jit
+def _swiglu_backward_kernel(gate_up_ptr, grad_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate_place = gate_up_ptr + row * 2 * width + column
+    gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_place + width, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    tl.store(gate_place, grad * up * share * (1 + gate * (1 - share)), mask=inside)
+    tl.store(gate_place + width, grad * gate * share, mask=inside)
