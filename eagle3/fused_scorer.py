@@ -17,6 +17,7 @@ from eagle3.fused import FusedStep
 from eagle3.graphs import GraphedStep, StepInputs, pays_off, with_rounded_pairs
 from eagle3.inputs import Target
 from eagle3.kernels import fp8
+from eagle3.kernels.causal import takes_heads
 from eagle3.pairs import with_pairs
 from eagle3.parallel import Ranks
 from eagle3.step import Scorer, to_device
@@ -37,10 +38,14 @@ def obstacle(config: RunConfig, draft: Draft, device: torch.device) -> str | Non
         return f"unroll.loss is {config.unroll.loss}"
     if config.parallel.kind != "data":
         return f"parallel.kind is {config.parallel.kind}"
-    if device.type == "cuda" and config.train.precision == "float32":  # cuDNN would give NaN, and no error
-        return "train.precision is float32, in which a GPU's attention does not compute"
-    if device.type == "cuda" and (size := draft.midlayer.self_attn.head_dim) % 8:
-        return f"the draft's head_dim is {size}, not a multiple of 8"
+    if device.type == "cuda":
+        if config.train.precision == "float32":  # cuDNN would give NaN, and no error
+            return "train.precision is float32, in which a GPU's attention does not compute"
+        if (size := draft.midlayer.self_attn.head_dim) % 8:
+            return f"the draft's head_dim is {size}, not a multiple of 8"
+        # A forecast may be for a GPU that is not here.
+        if torch.cuda.is_available() and not takes_heads(size, device, deterministic=config.train.deterministic):
+            return f"the draft's head_dim is {size}, for which {torch.cuda.get_device_name(device)} has no kernels"
     return None
 
 

@@ -7,13 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eagle3.kernels.causal import Segments, causal_attention, causal_attention_backward
+from eagle3.kernels.causal import Segments, causal_attention, causal_attention_backward, takes_heads
 from eagle3.kernels.heads import Heads, place_keys_values, place_queries, sum_by_token, unrotate_
-from eagle3.kernels.norms import RowGradients, SecondNorm, add_rms_norm, rms_norm_backward, weight_gradient_parts
 from eagle3.kernels.optimizer import adamw_
+from eagle3.kernels.rowwise import (
+    RowGradients,
+    SecondNorm,
+    add_rms_norm,
+    rms_norm_backward,
+    swiglu,
+    swiglu_backward_,
+    weight_gradient_parts,
+)
 from eagle3.kernels.same_row import merge_same_row_, same_row_backward_
 from eagle3.kernels.soft_ce import row_max, row_stats, soft_cross_entropy_
-from eagle3.kernels.swiglu import swiglu, swiglu_backward_
 
 pytestmark = pytest.mark.gpu
 
@@ -143,6 +150,12 @@ ATTENTIONS = {
     "deterministic": (Segments(starts=index(0, 256, 512), longest=256, num_sequences=2), True),
     "documents": (Segments(starts=index(0, 100, 110, 400, 512), longest=290, num_sequences=None), False),
 }
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_heads_have_kernels_up_to_a_size(deterministic):
+    taken = [takes_heads(size, torch.device("cuda"), deterministic=deterministic) for size in (16, 64, 128, 264, 512)]
+    assert [True, True, True, False, False] == taken
 
 
 @pytest.mark.parametrize("num_later", [0, 1, 5])
