@@ -65,7 +65,7 @@ compat:
 # The readers of untrusted bytes, one after the other, guided by the code they reach; see tests/fuzz.py.
 FUZZ_SECONDS ?= 60
 fuzz: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt "atheris>=3"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group fuzz
 	mkdir -p build/fuzz
 	cd build/fuzz && for target in manifest header index metadata archive reconcile; do \
 		PYTHONPATH=$(CURDIR):$(CURDIR)/adapters:$(CURDIR)/tests \
@@ -85,8 +85,8 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt "pip>=25.1" hatchling editables
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[test]" --group dev
 	touch $@
 
 clean:
