@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+# What the tests need of the package; the rest are its dependency groups, which older releases of pip do not know.
+EXTRAS := eagle3,parquet,testing
+PIP := pip>=25.1
 
 .PHONY: demo test slow quick faults lint types docs wheel wheel-test compat fuzz audit setup clean
 
@@ -49,7 +52,8 @@ wheel: setup
 INSTALLED := -P -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath=tests -n 2 -m "not slow" $(CURDIR)/tests
 wheel-test: wheel
 	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[test]"
+	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$(PIP)"
+	build/wheel/venv/bin/python -m pip install --quiet -c constraints.txt "$$(ls build/wheel/*.whl)[$(EXTRAS)]" --group test
 	cd build/wheel && HYPOTHESIS_PROFILE=ci venv/bin/python $(INSTALLED)
 
 # With other versions: make compat PYTHON=python3.12 TORCH=2.11.0 TRANSFORMERS=5.17.0. The newest that the package allows,
@@ -58,8 +62,9 @@ COMPAT := build/compat
 compat:
 	$(PYTHON) -m venv --clear $(COMPAT)
 	grep -Ev '^(torch|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt "$(PIP)"
 	$(COMPAT)/bin/python -m pip install --quiet -c $(COMPAT)/constraints.txt \
-		torch$(TORCH:%===%) transformers$(TRANSFORMERS:%===%) ".[test]"
+		torch$(TORCH:%===%) transformers$(TRANSFORMERS:%===%) ".[$(EXTRAS)]" --group test
 	cd $(COMPAT) && HYPOTHESIS_PROFILE=ci bin/python $(INSTALLED)
 
 # The readers of untrusted bytes, one after the other, guided by the code they reach; see tests/fuzz.py.
@@ -85,8 +90,8 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "pip>=25.1" hatchling editables
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[test]" --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(PIP)" hatchling editables
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]" --group dev
 	touch $@
 
 clean:

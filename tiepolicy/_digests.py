@@ -1,7 +1,7 @@
 """Step 24, digests: the files of a checkpoint held against what was recorded of them when they were written.
 
 XXH3 with 128 bits finds accidents at the speed of memory. It is no signature: who can change a file can change its
-digest.
+digest. A disk is slower, so it is asked for what comes next long before that is hashed, or read by a load.
 """
 
 import contextlib
