@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 
@@ -125,6 +126,8 @@ def is_running(pid):
 def test_a_process_whose_parent_lives_is_left_alone():
     with ends_with_parent(seconds=0.01):
         time.sleep(0.05)
+        assert "parent watch" in [thread.name for thread in threading.enumerate()]
+    assert "parent watch" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_anything_of_it_is_saved(world, tmp_path):
