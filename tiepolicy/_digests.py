@@ -211,8 +211,8 @@ def _digest(chunks: Iterable[memoryview], seen: Seen = _ignore) -> str:
 def read_soon(descriptor: int, start: int, num_bytes: int) -> None:
     """Ask the system to have a part of a file in memory when it is read; nobody waits for that.
 
-    Linux answers a fault in a mapping that wants huge pages with large pages, which are copied a third faster than the
-    single ones that `posix_fadvise` gives.
+    Linux answers a fault in a mapping that wants huge pages with large pages, which are copied in less time than the
+    single ones that `posix_fadvise` gives; `benchmarks/bench_readahead.py` says how much.
 
     Args:
         descriptor: Of the file, open for reading.
@@ -233,7 +233,7 @@ def read_soon(descriptor: int, start: int, num_bytes: int) -> None:
 
 
 def _is_in_memory(descriptor: int, start: int, num_bytes: int) -> bool:
-    """Whether all of it is; mapping it for nothing is a fifth of a load. False where the system does not tell."""
+    """Whether all of it is, and need not be mapped. False where the system does not tell."""
     if sys.platform != "linux":
         return False
     part, counts = (ctypes.c_uint64 * 2)(start, num_bytes), (ctypes.c_uint64 * 5)()
