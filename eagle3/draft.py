@@ -1,4 +1,4 @@
-"""Step 17: builds the draft: one decoder layer that reads a token and a state and proposes the next token's state.
+"""Step 18: builds the draft: one decoder layer that reads a token and a state and proposes the next token's state.
 
 Shape suffixes: B batch, T tokens, V target vocabulary, D draft vocabulary, H draft hidden, E target hidden, A = 3E
 captured states, N rows that carry loss, Q query heads, K key and value heads, d head dimension. A leading `...` stands
@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3.errors import DraftError
+from eagle3.loss import head_loss
 
 
 class Rope:
@@ -123,6 +124,14 @@ class _Layer(nn.Module):
         self.mlp = _Mlp(config)
 
 
+class _Head(nn.Linear):
+    """A head that also scores: FSDP2 gathers a weight for methods of its module, not for who reads it from outside."""
+
+    def loss(self, states_PH: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """As `head_loss`, which takes the other arguments."""
+        return head_loss(states_PH, self.weight, *args, **options)
+
+
 class Draft(nn.Module):
     """The draft of EAGLE-3 (arXiv 2503.01840): one Llama layer whose attention reads a token and a state side by side.
 
@@ -155,7 +164,7 @@ class Draft(nn.Module):
         self.fc = nn.Linear(3 * width, config.hidden_size, bias=False)
         self.midlayer = _Layer(config)
         self.norm = _RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.lm_head = _Head(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
         self._rope = Rope(config)

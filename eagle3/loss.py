@@ -1,4 +1,4 @@
-"""Step 18: scores the draft's states against the teacher: losses without kept logits, and counts.
+"""Step 17: scores the draft's states against the teacher: losses without kept logits, and counts.
 
 Shape suffixes: P (row, step) pairs, C pairs of one chunk, D draft vocabulary, H draft hidden, M teacher rows, S unroll
 steps, N rows.

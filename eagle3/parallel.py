@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -192,13 +192,17 @@ class Ranks:
             message = {"message": {"message": sentence, "extraInfo": details}}
             Path(path).write_text(json.dumps(message), encoding="utf-8")
 
-    def distribute(self, module: nn.Module, config: ParallelConfig, *, precision: torch.dtype) -> nn.Module:
+    def distribute(
+        self, module: nn.Module, config: ParallelConfig, *, precision: torch.dtype, head: nn.Module
+    ) -> nn.Module:
         """Spread a module over all processes, so that each parameter's gradient becomes the mean over them.
 
         Args:
             module: On this process's device; sharded in place where `config` says so. Frozen parameters stay whole.
             config: How.
             precision: Of the matrix products. Shards travel in it where it is shorter than they are.
+            head: The part of it that runs last, by its method `loss`. Its shards and gradients travel while the others
+                compute.
 
         Returns:
             What to call instead of the module; alone, the module itself.
@@ -213,13 +217,15 @@ class Ranks:
             return self._replicate(module)
         # Their gathering would cost as much as the target's own embedding, and no optimizer state hangs on them.
         frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
-        options: ShardOptions = {"ignored_params": frozen}
+        options: ShardOptions = {"ignored_params": frozen, "reshard_after_forward": False}
         if precision.itemsize < 4:
             # Autocast would round the weights anyway. Gradients are summed as the masters are.
             options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        fully_shard(module, mesh=self._mesh(config), **options)
+        sharded: Any = fully_shard(module, blocks=[head], mesh=self._mesh(config), **options)
+        register_fsdp_forward_method(head, "loss")
+        sharded.set_modules_to_forward_prefetch([head])
         return module
 
     def _replicate(self, module: nn.Module) -> nn.Module:
@@ -255,14 +261,12 @@ def gradients_stay_local(module: nn.Module) -> Iterator[None]:
             yield
         return
     # fully_shard gives its module this method.
-    switch = getattr(module, "set_requires_gradient_sync", None)
-    if switch is not None:
-        switch(False)
+    switch = getattr(module, "set_requires_gradient_sync", lambda _: None)
+    switch(False)
     try:
         yield
     finally:
-        if switch is not None:
-            switch(True)
+        switch(True)
 
 
 @contextmanager

@@ -317,7 +317,7 @@ def scorer_and_optimizer(
         decay=config.unroll.decay,
         objective=Objective(kind=config.unroll.loss, lk_decay=config.unroll.lk_decay),
     )
-    distributed = ranks.distribute(unroll, config.parallel, precision=precision)
+    distributed = ranks.distribute(unroll, config.parallel, precision=precision, head=draft.lm_head)
     dtype = draft.fc.weight.dtype
     # The optimizer comes after sharding, which puts other parameters into the draft.
     return (

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from eagle3.data import positions_of
 from eagle3.draft import Draft
-from eagle3.loss import SOFT_CROSS_ENTROPY, Objective, StepCounts, head_loss
+from eagle3.loss import SOFT_CROSS_ENTROPY, Objective, StepCounts
 from eagle3.teacher import Teacher, teach
 
 
@@ -210,9 +210,8 @@ class TrainingTimeTest(nn.Module):
         weight_dtype = torch.promote_types(torch.float32, states_SNH.dtype)
         weight_S = self.decay ** torch.arange(self.num_steps, dtype=weight_dtype, device=states_SNH.device)
         weight_P = weight_S[step_P]
-        loss_sum, argmax_P = head_loss(
+        loss_sum, argmax_P = self.draft.lm_head.loss(
             states_SNH.flatten(0, 1).index_select(0, step_P * states_SNH.shape[1] + row_P),
-            self.draft.lm_head.weight,
             teacher.logits_MD,
             teacher_P,
             weight_P,

@@ -29,7 +29,7 @@ FLOW = {
         _stages _save _reconcile _load _root _staging _async _store __init__""",
     "tiepolicy_fsdp2": "_kept _groups _shard _materialize _pipeline __init__",
     "eagle3": """errors terminal files config options conversations features tokens data vocab description target
-        cache capture parallel blueprint inputs teacher draft loss unroll flat pairs layers tape fused
+        cache capture parallel blueprint inputs teacher loss draft unroll flat pairs layers tape fused
         graphs optimizer metrics checkpoint finished step fused_scorer trainer embedded speculate commands
         evaluate export report demo speed forecast estimate cli __main__ __init__""",
 }

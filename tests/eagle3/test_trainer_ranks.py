@@ -65,6 +65,12 @@ def test_two_processes_learn_what_one_does(folder, kind):
     assert TOLERANCE > largest_difference(*weights)
 
 
+def test_gradients_of_a_sharded_head_travel_while_others_are_computed(folder):
+    operations = json.loads((folder / "operations.json").read_text())
+    exchanges = [len([*group]) for name, group in itertools.groupby(operations) if name != "aten::mm"]
+    assert [1] * 2 * 5 == exchanges
+
+
 @pytest.mark.parametrize("run", ["accumulated", "accumulated-fused", "accumulated-shard"])
 def test_accumulated_batches_are_one_batch(folder, run):
     """Twice two processes of one conversation are one of four; the epoch's last step has half as many."""

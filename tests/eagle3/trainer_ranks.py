@@ -1,11 +1,14 @@
 """Runs of two processes for `test_trainer_ranks.py`, in one start of torchrun: `torchrun trainer_ranks.py FOLDER`."""
 
+import json
 import logging
 import os
 import shutil
 import signal
 import sys
 from pathlib import Path
+
+import torch
 
 from eagle3.parallel import joined
 from eagle3.trainer import train
@@ -47,6 +50,14 @@ def copy_run(source: Path, target: Path, name: str) -> None:
     shutil.copy(source / "draft_config.json", target)
 
 
+def operations(work, *names):
+    """Those of these names that some work consists of, in their order."""
+    with torch.profiler.profile() as profiler:
+        work()
+    events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+    return [event.name for event in events if event.name in names]
+
+
 def main(folder: Path) -> None:
     world = (folder / "target", folder / "conversations.jsonl")
     with joined() as ranks:
@@ -63,6 +74,9 @@ def main(folder: Path) -> None:
 
         for name, options in RUNS.items():
             run(name, **options)
+        found = operations(lambda: run("order", epochs=1, kind="shard"), "aten::mm", "c10d::_reduce_scatter_base_")
+        if ranks.is_first:
+            (folder / "operations.json").write_text(json.dumps(found))
         for kind in ("data", "shard"):
             run(f"from-export-{kind}", epochs=1, kind=kind, init_from=folder / "export")
         run("from-run", epochs=1, kind="shard", init_from=folder / "alone", lr=1e-30)
